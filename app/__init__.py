@@ -1,0 +1,3 @@
+"""Onboarding Sessions."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""HTTP: paths, bodies and headers to values, values and errors to answers."""

@@ -1,0 +1,20 @@
+"""What time it is, and how a time is written. The only place that asks the system."""
+
+import time
+from datetime import UTC, datetime
+
+
+def now_ms() -> int:
+    """Return the wall-clock time in Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def monotonic_s() -> float:
+    """Return seconds from an arbitrary start that never run backwards, for durations."""
+    return time.monotonic()
+
+
+def rfc3339(at_ms: int) -> str:
+    """Write Unix milliseconds as RFC 3339 in UTC: `2026-01-31T08:15:00.250Z`."""
+    at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return f"{at:%Y-%m-%dT%H:%M:%S}.{at_ms % 1000:03d}Z"

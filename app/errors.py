@@ -1,0 +1,282 @@
+"""Everything that can go wrong, by the code that callers see.
+
+Every error of the product is an `OnboardingError`. Its `code` is stable and its message says what
+was wrong and what would be right; it never holds an answer of a user, a secret or an address.
+Which HTTP status a code has is the business of `app/api/problems.py`.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, TypedDict
+
+
+class Fault(TypedDict):
+    """One thing that is wrong with a document, at `pointer` (RFC 6901)."""
+
+    pointer: str
+    code: str
+    detail: str
+
+
+class OnboardingError(Exception):
+    """The root: catch it to catch everything this product raises on purpose."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+# --- What a caller sent cannot be taken -----------------------------------------------------------
+
+
+class RequestError(OnboardingError):
+    """The request itself is at fault; nothing was looked up or changed."""
+
+    code = "invalid_request"
+
+    def __init__(self, detail: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(detail)
+        self.faults = list(faults)
+
+
+class MalformedJsonError(RequestError):
+    """The body is not JSON in UTF-8."""
+
+    code = "malformed_json"
+
+
+class InvalidHeaderError(RequestError):
+    """A header cannot be read."""
+
+    code = "invalid_header"
+
+
+class InvalidIdempotencyKeyError(RequestError):
+    """The Idempotency-Key is neither a structured-field string nor a bare token."""
+
+    code = "invalid_idempotency_key"
+
+
+class UnsupportedMediaTypeError(RequestError):
+    """The body has a media type, charset or encoding that is not taken here."""
+
+    code = "unsupported_media_type"
+
+
+class PayloadTooLargeError(RequestError):
+    """The body, or what would be stored for it, is larger than the limit."""
+
+    code = "payload_too_large"
+
+
+class InvalidRequestError(RequestError):
+    """A field of the request is missing or wrong."""
+
+
+class InvalidStepIdError(RequestError):
+    """The number is no step of the session's catalogue."""
+
+    code = "invalid_step_id"
+
+
+class InvalidStepDataError(RequestError):
+    """The answers of a step cannot be taken as they are."""
+
+    code = "invalid_step_data"
+
+
+class IdempotencyMismatchError(RequestError):
+    """The Idempotency-Key was used before with another request."""
+
+    code = "idempotency_mismatch"
+
+
+# --- What was asked for is not there --------------------------------------------------------------
+
+
+class AbsentError(OnboardingError):
+    """Something that the request names does not exist."""
+
+    code = "not_found"
+
+
+class SessionNotFoundError(AbsentError):
+    """No such session: never made, expired, or deleted."""
+
+    code = "session_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no such session: it was never made, has expired, or was deleted")
+
+
+class StepNotFoundError(AbsentError):
+    """The step has no saved answers."""
+
+    code = "step_not_found"
+
+    def __init__(self, step_id: int) -> None:
+        super().__init__(f"Step {step_id} has not been saved")
+
+
+class DraftNotFoundError(AbsentError):
+    """The step has no draft."""
+
+    code = "draft_not_found"
+
+    def __init__(self, step_id: int) -> None:
+        super().__init__(f"Step {step_id} has no draft, or its draft has expired")
+
+
+class ExportNotFoundError(AbsentError):
+    """The session was never finalized."""
+
+    code = "export_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("The session has no export yet; finalize makes it")
+
+
+# --- The session's state forbids it ---------------------------------------------------------------
+
+
+class StateError(OnboardingError):
+    """The session is not in a state that allows this."""
+
+
+class SessionFinalizedError(StateError):
+    """The steps are locked."""
+
+    code = "session_finalized"
+
+    def __init__(self) -> None:
+        super().__init__("The session is finalized, its steps are locked; reopen it to change them")
+
+
+class NothingToFinalizeError(StateError):
+    """No step is saved."""
+
+    code = "nothing_to_finalize"
+
+    def __init__(self) -> None:
+        super().__init__("No step has been saved; save at least one before finalize")
+
+
+class StepsMissingError(StateError):
+    """Steps that finalize requires are not saved; `missing` holds their numbers, ascending."""
+
+    code = "steps_missing"
+
+    def __init__(self, missing: Sequence[int]) -> None:
+        numbers = ", ".join(map(str, missing))
+        super().__init__(f'Save steps {numbers} first, or finalize with {{"force": true}}')
+        self.missing = list(missing)
+
+
+class NotFinalizedError(StateError):
+    """Only a finalized session can be reopened."""
+
+    code = "not_finalized"
+
+    def __init__(self) -> None:
+        super().__init__("The session is not finalized, so there is nothing to reopen")
+
+
+class GenerationRunningError(StateError):
+    """A generator works on the export."""
+
+    code = "generation_running"
+
+    def __init__(self) -> None:
+        super().__init__("A generator is working on the export; reopen when it has ended")
+
+
+class IdempotencyInProgressError(StateError):
+    """The first request with this Idempotency-Key has not been answered yet."""
+
+    code = "idempotency_in_progress"
+
+    def __init__(self) -> None:
+        super().__init__("The first request with this Idempotency-Key is still running; ask again")
+
+
+class SessionConflictError(StateError):
+    """Others kept changing the session while this change was prepared."""
+
+    code = "session_conflict"
+
+    def __init__(self) -> None:
+        super().__init__("The session kept changing meanwhile; nothing was done, try again")
+
+
+class VersionConflictError(StateError):
+    """A precondition failed; `current_version` is None when the step is absent."""
+
+    code = "version_conflict"
+
+    def __init__(self, current_version: int | None) -> None:
+        state = "is not saved" if current_version is None else f"is at version {current_version}"
+        super().__init__(f"The precondition does not hold: the step {state}; read it and try again")
+        self.current_version = current_version
+
+
+# --- The store cannot do it -----------------------------------------------------------------------
+
+
+class StoreError(OnboardingError):
+    """The store did not do what was asked; whether it was done may be unknown."""
+
+
+class CorruptRecordError(StoreError):
+    """A record cannot be read. `key` names it, for the log and never for a client."""
+
+    code = "corrupt_record"
+
+    def __init__(self, key: str, part: str = "the session") -> None:
+        super().__init__(f"What is stored of {part} cannot be read; the operators have been told")
+        self.key = key
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot be reached, or will not serve us."""
+
+    code = "store_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The store does not answer at the moment; try again shortly")
+
+
+class StoreFullError(StoreError):
+    """The store is out of memory: reads and deletes go on."""
+
+    code = "store_full"
+
+    def __init__(self) -> None:
+        super().__init__("The store has no room for a write; reads and deletes still work")
+
+
+class StoreReadonlyError(StoreError):
+    """The store refuses writes: reads go on."""
+
+    code = "store_readonly"
+
+    def __init__(self) -> None:
+        super().__init__("The store takes no writes at the moment; reads still work")
+
+
+class OverloadedError(StoreError):
+    """More is asked at once than there is room for."""
+
+    code = "overloaded"
+
+    def __init__(self) -> None:
+        super().__init__("Too many requests at once; try again shortly")
+
+
+class DeadlineExceededError(StoreError):
+    """The request took longer than it may."""
+
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("The request took too long; whether it was done is unknown")

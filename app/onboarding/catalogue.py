@@ -1,0 +1,153 @@
+"""The step catalogue: which steps a wizard has. Data from a file, never code.
+
+A session keeps the catalogue it began with, so a catalogue is known by its `pin`: its version and
+a digest of its content. An edited file without a new version is another pin and harms nobody.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Annotated, Any
+
+import jsonschema_rs
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from app.errors import Fault, InvalidStepDataError, InvalidStepIdError
+from app.onboarding.documents import MAX_FAULTS, Document, json_pointer
+
+MAX_STEPS = 999
+"""Most steps a catalogue may have: a session is read whole, in one command."""
+
+
+class CatalogueError(ValueError):
+    """A catalogue cannot be used; the message says where and why, in one line."""
+
+
+class CatalogueStep(BaseModel):
+    """One step as the file describes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    id: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    key: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    title: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+    phase: Annotated[int, Field(ge=1)]
+    required: bool
+    help: Annotated[str, StringConstraints(min_length=1, max_length=4000)] | None = None
+    json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+
+
+class Catalogue:
+    """The steps 1 to `total` of a wizard, with the schema each one's answers must meet."""
+
+    def __init__(self, version: str, steps: Iterable[CatalogueStep]) -> None:
+        """Take steps numbered 1 to N in order. Raises `CatalogueError` for an unfit schema."""
+        self.version = version
+        self.steps = tuple(steps)
+        self.total = len(self.steps)
+        self.required = frozenset(step.id for step in self.steps if step.required)
+        self._validators = {
+            step.id: _compile(step.json_schema, step.id)
+            for step in self.steps
+            if step.json_schema is not None
+        }
+
+    @classmethod
+    def parse(cls, text: bytes) -> "Catalogue":
+        """Read a catalogue file: JSON with `version` and `steps`. Raises `CatalogueError`."""
+        try:
+            file = _CatalogueFile.model_validate_json(text)
+        except ValidationError as unfit:
+            first = unfit.errors(include_url=False, include_input=False)[0]
+            raise CatalogueError(f"{json_pointer(first['loc']) or '/'}: {first['msg']}") from None
+        for place, step in enumerate(file.steps, start=1):
+            if step.id != place:
+                raise CatalogueError(f"/steps/{place - 1}/id: steps are numbered 1 to N in order")
+        if len({step.key for step in file.steps}) != len(file.steps):
+            raise CatalogueError("/steps: every step needs a key of its own")
+        return cls(file.version, file.steps)
+
+    @cached_property
+    def text(self) -> bytes:
+        """The catalogue as JSON, in one spelling for one content."""
+        steps = [step.model_dump(by_alias=True, exclude_none=True) for step in self.steps]
+        return orjson.dumps({"version": self.version, "total": self.total, "steps": steps})
+
+    @cached_property
+    def pin(self) -> str:
+        """What a session remembers of its catalogue: `<version>@<digest of the content>`."""
+        return f"{self.version}@{hashlib.sha256(self.text).hexdigest()[:16]}"
+
+    def __contains__(self, step_id: object) -> bool:
+        return isinstance(step_id, int) and 1 <= step_id <= self.total
+
+    def check_step_id(self, step_id: int) -> None:
+        """Raise `InvalidStepIdError` unless the number is a step of this catalogue."""
+        if step_id not in self:
+            raise InvalidStepIdError(f"Steps are numbered 1 to {self.total}")
+
+    def check_data(self, step_id: int, data: Document, at: str) -> None:
+        """Raise `InvalidStepDataError` unless the answers suit the step.
+
+        Answers are a non-empty object that meets the step's schema, if it has one. Every fault is
+        named by its pointer, `at` being where the answers stand in the caller's document.
+        """
+        if not data.value:
+            fault = Fault(pointer=at, code="min_properties", detail="Send at least one answer")
+            raise InvalidStepDataError("A step needs at least one answer", [fault])
+        validator = self._validators.get(step_id)
+        if validator is None:
+            return
+        faults = [_fault(found, at) for found, _ in zip(validator(data.value), range(MAX_FAULTS))]  # noqa: B905
+        if faults:
+            raise InvalidStepDataError("The answers do not meet the step's schema", faults)
+
+    def missing(self, saved: Iterable[int]) -> list[int]:
+        """Return the numbers of the steps that are not in `saved`, ascending."""
+        return sorted(set(range(1, self.total + 1)) - set(saved))
+
+
+def parse_step_id(text: str) -> int:
+    """Read a step number as it stands in a path: decimal digits without sign or leading zero.
+
+    Raises `InvalidStepIdError`. Whether a catalogue has the step is for `check_step_id`.
+    """
+    if not _STEP_ID.fullmatch(text):
+        raise InvalidStepIdError("A step is named by its number: 1, 2, 3 and so on")
+    return int(text)
+
+
+_STEP_ID = re.compile(r"[1-9][0-9]{0,2}")
+
+
+class _CatalogueFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    version: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    steps: Annotated[list[CatalogueStep], Field(min_length=1, max_length=MAX_STEPS)]
+
+
+def _compile(schema: dict[str, Any] | bool, step_id: int) -> Callable[[Any], Iterable[Any]]:
+    # offline: a `$ref` to another host would let a catalogue make the service fetch addresses.
+    # mask: messages would quote the answers otherwise. Formats are checked, as authors expect.
+    try:
+        validator = jsonschema_rs.validator_for(
+            schema, offline=True, mask="***", validate_formats=True
+        )
+    except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError) as unfit:
+        reason = str(unfit).partition("\n")[0]
+        raise CatalogueError(f"/steps/{step_id - 1}/schema: {reason}") from None
+    return validator.iter_errors
+
+
+_NAMES_MEMBERS = frozenset({"additionalProperties", "unevaluatedProperties", "propertyNames"})
+"""Keywords whose messages name members that the user wrote, which the mask leaves standing."""
+
+
+def _fault(found: jsonschema_rs.ValidationError, at: str) -> Fault:
+    keyword = next((part for part in reversed(found.schema_path) if isinstance(part, str)), "false")
+    unknown = "A member is not allowed here; the schema names those that are"
+    detail = unknown if keyword in _NAMES_MEMBERS else found.message
+    return Fault(pointer=at + json_pointer(found.instance_path), code=keyword, detail=detail)

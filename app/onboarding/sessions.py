@@ -1,0 +1,288 @@
+"""The session: who it belongs to, what state it is in, what it looks like from outside."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NotRequired, TypedDict
+
+from app.clock import rfc3339
+from app.errors import Fault, InvalidRequestError
+from app.onboarding.catalogue import Catalogue, CatalogueStep
+from app.onboarding.documents import Document
+from app.onboarding.progress import Progress, describe_progress
+
+MAX_OWNER_LENGTH = 128
+"""Longest workspace_id and user_id, in characters."""
+
+
+class SessionStatus(StrEnum):
+    """What the generator makes of the session."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETE = "complete"
+    ERROR = "error"
+
+
+class SessionView(TypedDict):
+    """A session as clients see it."""
+
+    session_id: str
+    workspace_id: str | None
+    user_id: str | None
+    language: str
+    status: str
+    progress: Progress
+    metadata: dict[str, Any]
+    created_at: str
+    expires_at: str
+    finalized_at: str | None
+    revision: int
+
+
+class ProgressView(TypedDict):
+    """The answer to a look at the progress."""
+
+    session_id: str
+    status: str
+    progress: Progress
+    finalized_at: str | None
+    revision: int
+    expires_at: str
+
+
+class SummaryMetadata(TypedDict):
+    """Who a session belongs to; `custom` is what the caller attached."""
+
+    user_id: str | None
+    workspace_id: str | None
+    language: str
+    started_at: str
+    custom: dict[str, Any]
+
+
+class SummaryStats(TypedDict):
+    """A session in numbers."""
+
+    completed_steps: int
+    total_steps: int
+    completion_percentage: float
+    session_age_seconds: int
+    last_updated: str
+
+
+class StepSummary(TypedDict):
+    """One line of a summary; only a saved step has `saved_at` and `version`."""
+
+    step_id: int
+    key: str
+    title: str
+    required: bool
+    saved_at: NotRequired[str]
+    version: NotRequired[int]
+    has_draft: bool
+
+
+class SummaryView(TypedDict):
+    """A session at a glance, without its answers."""
+
+    session_id: str
+    status: str
+    language: str
+    finalized_at: str | None
+    revision: int
+    progress: Progress
+    metadata: SummaryMetadata
+    stats: SummaryStats
+    steps: list[StepSummary]
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What a session is made with. `custom` is the object that the caller attached."""
+
+    workspace_id: str | None
+    user_id: str | None
+    language: str
+    custom: bytes = b"{}"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What one read of a session's progress tells; times in Unix milliseconds."""
+
+    status: str
+    saved: str
+    highest: int
+    created_ms: int
+    updated_ms: int
+    deadline_ms: int
+    finalized_ms: int | None
+    revision: int
+
+    @property
+    def progress(self) -> Progress:
+        """How far the session is."""
+        return describe_progress(self.saved, self.highest, self.created_ms, self.updated_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session read whole, its answers aside.
+
+    `versions` and `saved_ms` (Unix milliseconds) are those of the saved steps. `changes` counts
+    what was changed since the session was made; two equal counts are two equal sessions.
+    """
+
+    session_id: str
+    owner: Owner
+    state: State
+    pin: str
+    changes: int
+    versions: dict[int, int]
+    saved_ms: dict[int, int]
+
+
+def view_session(session_id: str, owner: Owner, state: State) -> SessionView:
+    """Describe a session to a client."""
+    return SessionView(
+        session_id=session_id,
+        workspace_id=owner.workspace_id,
+        user_id=owner.user_id,
+        language=owner.language,
+        status=state.status,
+        progress=state.progress,
+        metadata=Document(owner.custom).value,
+        created_at=rfc3339(state.created_ms),
+        expires_at=rfc3339(state.deadline_ms),
+        finalized_at=_time(state.finalized_ms),
+        revision=state.revision,
+    )
+
+
+def view_progress(session_id: str, state: State) -> ProgressView:
+    """Describe how far a session is to a client."""
+    return ProgressView(
+        session_id=session_id,
+        status=state.status,
+        progress=state.progress,
+        finalized_at=_time(state.finalized_ms),
+        revision=state.revision,
+        expires_at=rfc3339(state.deadline_ms),
+    )
+
+
+def view_summary(
+    session: Session, catalogue: Catalogue, drafts: frozenset[int], now_ms: int
+) -> SummaryView:
+    """Describe a session at a glance; `drafts` are the numbers of the steps that have one."""
+    state, progress = session.state, session.state.progress
+    return SummaryView(
+        session_id=session.session_id,
+        status=state.status,
+        language=session.owner.language,
+        finalized_at=_time(state.finalized_ms),
+        revision=state.revision,
+        progress=progress,
+        metadata=describe_owner(session.owner, state.created_ms),
+        stats=SummaryStats(
+            completed_steps=progress["completed"],
+            total_steps=progress["total"],
+            completion_percentage=progress["percentage"],
+            session_age_seconds=max(0, (now_ms - state.created_ms) // 1000),
+            last_updated=progress["last_updated"],
+        ),
+        steps=[_summarize_step(step, session, drafts) for step in catalogue.steps],
+    )
+
+
+def describe_owner(owner: Owner, created_ms: int) -> SummaryMetadata:
+    """Describe who a session belongs to."""
+    return SummaryMetadata(
+        user_id=owner.user_id,
+        workspace_id=owner.workspace_id,
+        language=owner.language,
+        started_at=rfc3339(created_ms),
+        custom=Document(owner.custom).value,
+    )
+
+
+def is_public_id(session_id: str) -> bool:
+    """Say whether this can be the id of a session over HTTP: a canonical lower-case UUID4."""
+    return _UUID4.fullmatch(session_id) is not None
+
+
+def check_session_id(session_id: str) -> None:
+    """Raise `InvalidRequestError` unless the id may stand in a key: `[A-Za-z0-9._-]`, not empty."""
+    if not _KEY_SAFE.fullmatch(session_id):
+        raise InvalidRequestError("A session_id is made of the characters A-Z a-z 0-9 . _ -")
+
+
+def check_owner(
+    workspace_id: str | None, user_id: str | None, language: str, *, workspace_required: bool
+) -> None:
+    """Raise `InvalidRequestError`, naming every field at fault."""
+    faults = []
+    if workspace_id is None and workspace_required:
+        faults.append(Fault(pointer="/workspace_id", code="required", detail="This is required"))
+    for name, value in (("workspace_id", workspace_id), ("user_id", user_id)):
+        if value is not None and not is_own_string(value, MAX_OWNER_LENGTH):
+            detail = f"1 to {MAX_OWNER_LENGTH} characters, none of them a control character"
+            faults.append(Fault(pointer=f"/{name}", code="string", detail=detail))
+    if not is_language_tag(language):
+        detail = "A language tag as in BCP 47, such as en or pt-BR"
+        faults.append(Fault(pointer="/language", code="language_tag", detail=detail))
+    if faults:
+        names = ", ".join(fault["pointer"][1:] for fault in faults)
+        raise InvalidRequestError(f"Not acceptable: {names}", faults)
+
+
+def is_own_string(text: str, longest: int) -> bool:
+    """Say whether text may stand in a field of ours: not empty, no control characters."""
+    return 1 <= len(text) <= longest and not _CONTROL.search(text) and _is_unicode(text)
+
+
+def is_language_tag(tag: str) -> bool:
+    """Say whether a tag is well-formed (RFC 5646 2.1) and at most 35 long (RFC 5646 4.4.1)."""
+    return len(tag) <= _LONGEST_TAG and _LANGUAGE_TAG.fullmatch(tag) is not None
+
+
+def _summarize_step(step: CatalogueStep, session: Session, drafts: frozenset[int]) -> StepSummary:
+    summary = StepSummary(
+        step_id=step.id,
+        key=step.key,
+        title=step.title,
+        required=step.required,
+        has_draft=step.id in drafts,
+    )
+    if step.id in session.versions:
+        summary["version"] = session.versions[step.id]
+        summary["saved_at"] = rfc3339(session.saved_ms[step.id])
+    return summary
+
+
+def _time(at_ms: int | None) -> str | None:
+    return None if at_ms is None else rfc3339(at_ms)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+_UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+_KEY_SAFE = re.compile(r"[A-Za-z0-9._-]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+_LONGEST_TAG = 35
+_LANGUAGE_TAG = re.compile(
+    r"""
+    (?: [a-z]{2,3} (?: -[a-z]{3} ){0,3} | [a-z]{4} | [a-z]{5,8} )  # language, extended language
+    (?: -[a-z]{4} )?                                               # script
+    (?: -(?: [a-z]{2} | [0-9]{3} ) )?                              # region
+    (?: -(?: [a-z0-9]{5,8} | [0-9][a-z0-9]{3} ) )*                 # variants
+    (?: -[0-9a-wy-z] (?: -[a-z0-9]{2,8} )+ )*                      # extensions
+    (?: -x (?: -[a-z0-9]{1,8} )+ )?                                # private use
+    | x (?: -[a-z0-9]{1,8} )+
+    """,
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
+)

@@ -1,0 +1,91 @@
+"""Saved steps and drafts, and the preconditions under which a step may change."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from app.onboarding.documents import Document
+
+
+class Step(Document):
+    """A saved step or a draft, as a mapping of the shape that clients see.
+
+    `session_id`, `step_id`, `data`, `version` (None for a draft of a step that is not saved),
+    `saved_at` (RFC 3339), `is_draft`.
+    """
+
+    __slots__ = ("version",)
+
+    version: int | None
+
+    @classmethod
+    def compose(
+        cls,
+        *,
+        session_id: str,
+        step_id: int,
+        data: bytes,
+        version: int | None,
+        saved_at: str,
+        is_draft: bool,
+    ) -> "Step":
+        """Put a step together around the bytes of its answers, which are not decoded."""
+        number = "null" if version is None else version
+        draft = "true" if is_draft else "false"
+        step = cls(
+            b'{"session_id":"%s","step_id":%d,"data":%s,"version":%s,"saved_at":"%s","is_draft":%s}'
+            % (
+                session_id.encode(),
+                step_id,
+                data,
+                str(number).encode(),
+                saved_at.encode(),
+                draft.encode(),
+            )
+        )
+        step.version = version
+        return step
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The entity tags of one precondition header, as far as they can be a step's version.
+
+    `any_version` stands for `*`. Tags that are not ours are left out: they match nothing.
+    """
+
+    any_version: bool = False
+    versions: frozenset[int] = frozenset()
+
+    def match(self, version: int | None) -> bool:
+        """Say whether a step at `version` (None: absent) is among the tags."""
+        return version is not None and (self.any_version or version in self.versions)
+
+
+@dataclass(frozen=True, slots=True)
+class Precondition:
+    """If-Match and If-None-Match of a change (RFC 9110 section 13); None: not sent."""
+
+    if_match: Tags | None = None
+    if_none_match: Tags | None = None
+
+    def holds(self, version: int | None) -> bool:
+        """Say whether a step at `version` (None: absent) may be changed."""
+        if self.if_match is not None and not self.if_match.match(version):
+            return False
+        return self.if_none_match is None or not self.if_none_match.match(version)
+
+
+NO_PRECONDITION = Precondition()
+
+
+class StepMap(dict[int, Step]):
+    """The saved steps by number, with the numbers of those that are `missing`."""
+
+    missing: list[int]
+
+    def __init__(self, steps: dict[int, Step], missing: list[int]) -> None:
+        super().__init__(steps)
+        self.missing = missing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (dict(self), self.missing))

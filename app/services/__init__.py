@@ -1,0 +1,1 @@
+"""The use cases: check with the rules, call the store, log, return."""
