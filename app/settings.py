@@ -1,0 +1,222 @@
+"""The settings: every variable of the environment that the service reads, and what it may be."""
+
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.address import StoreAddress, parse_store_url, upstash_address
+from app.onboarding.catalogue import Catalogue
+
+PREFIX = "ONBOARDING_"
+
+LONGEST_LIFE_S = 100 * 365 * 86400
+"""Longest life of a session, in seconds: 100 years. Beyond it a deadline may leave the calendar."""
+
+_PACKAGED_STEPS = Path(__file__).parent / "onboarding" / "catalogue.json"
+
+Life = Annotated[int, Field(ge=1, le=LONGEST_LIFE_S)]
+
+
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+
+
+def _origins(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    origins = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("exact origins, comma-separated, such as https://app.example.com")
+    return origins
+
+
+def _store_url(url: SecretStr | None) -> SecretStr | None:
+    if url is not None:
+        parse_store_url(url.get_secret_value())
+    return url
+
+
+def _steps_file(path: Path) -> Path:
+    try:
+        Catalogue.parse(path.read_bytes())
+    except OSError as unreadable:
+        raise ValueError(f"the file cannot be read ({unreadable.strerror})") from None
+    return path
+
+
+class SettingsError(ValueError):
+    """The environment cannot be used; the message is one line naming every variable at fault."""
+
+
+class Settings(BaseSettings):
+    """The settings, with the defaults that suit a developer's machine."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,
+    )
+
+    # Where the store is.
+    redis_url: Annotated[SecretStr | None, AfterValidator(_store_url)] = Field(
+        None, validation_alias="REDIS_URL"
+    )
+    redis_host: str | None = Field(None, validation_alias="REDIS_HOST")
+    redis_port: int = Field(6379, validation_alias="REDIS_PORT", ge=1, le=65535)
+    redis_db: int = Field(0, validation_alias="REDIS_DB", ge=0)
+    upstash_redis_url: SecretStr | None = Field(None, validation_alias="UPSTASH_REDIS_URL")
+    upstash_redis_token: SecretStr | None = Field(None, validation_alias="UPSTASH_REDIS_TOKEN")
+    data_dir: Path = Path(".data")
+    key_hash_tag: Literal["auto", "on", "off"] = "auto"
+    durability: Literal["local"] = "local"
+
+    # How the process serves.
+    environment: Literal["development", "production"] = Field(
+        "development", validation_alias="ENVIRONMENT"
+    )
+    host: str = Field("127.0.0.1", validation_alias="HOST", min_length=1)
+    port: int = Field(8000, validation_alias="PORT", ge=0, le=65535)
+    web_concurrency: int = Field(1, validation_alias="WEB_CONCURRENCY", ge=1, le=256)
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(str.lower)
+    ] = Field("info", validation_alias="LOG_LEVEL")
+    log_format: Literal["json", "console"] | None = None
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)] = ()
+    drain_s: float = Field(5.0, ge=0, le=3600)
+    auth: Literal["off"] = "off"
+
+    # What a session is.
+    session_ttl_s: Life = Field(
+        604_800, validation_alias=AliasChoices(PREFIX + "SESSION_TTL_S", "SESSION_TTL")
+    )
+    draft_ttl_s: Life = 86_400
+    steps_file: Annotated[Path, AfterValidator(_steps_file)] = _PACKAGED_STEPS
+    finalize_requires: Literal["none", "required", "all"] = "none"
+    max_step_bytes: int = Field(256 * 1024, ge=1)
+
+    # How long is waited, and how often tried.
+    redis_timeout_s: float = Field(1.0, gt=0, le=60)
+    retry_attempts: int = Field(4, ge=1, le=20)
+    retry_base_s: float = Field(1.0, ge=0, le=60)
+    retry_jitter_s: float = Field(0.5, ge=0, le=60)
+    request_deadline_s: float = Field(15.0, gt=0, le=600)
+
+    @cached_property
+    def store_address(self) -> StoreAddress | None:
+        """Where the configured store is; None stands for the embedded one."""
+        if self.redis_url:
+            return parse_store_url(self.redis_url.get_secret_value())
+        if self.redis_host:
+            return StoreAddress(
+                mode="standalone", nodes=((self.redis_host, self.redis_port),), db=self.redis_db
+            )
+        if self.upstash_redis_url and self.upstash_redis_token:
+            return upstash_address(
+                self.upstash_redis_url.get_secret_value(),
+                self.upstash_redis_token.get_secret_value(),
+            )
+        return None
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The catalogue that new sessions begin with."""
+        return Catalogue.parse(self.steps_file.read_bytes())
+
+    @property
+    def hash_tag(self) -> bool:
+        """Whether the id of a session stands in braces in its keys."""
+        if self.key_hash_tag == "auto":
+            return self.store_address is not None and self.store_address.mode == "cluster"
+        return self.key_hash_tag == "on"
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        upstash = (self.upstash_redis_url, self.upstash_redis_token)
+        if not self.redis_url and not self.redis_host and any(upstash) and not all(upstash):
+            raise ValueError("UPSTASH_REDIS_URL, UPSTASH_REDIS_TOKEN: set both or neither")
+        try:
+            address = self.store_address
+        except ValueError as unfit:
+            raise ValueError(f"UPSTASH_REDIS_URL, UPSTASH_REDIS_TOKEN: {unfit}") from None
+        if address is None and self.environment == "production":
+            known = "REDIS_URL, or UPSTASH_REDIS_URL and UPSTASH_REDIS_TOKEN"
+            raise ValueError(f"ENVIRONMENT: production needs a Redis of its own; set {known}")
+        if address is not None and address.mode == "cluster" and self.key_hash_tag == "off":
+            raise ValueError(f"{PREFIX}KEY_HASH_TAG: off cannot work on a Cluster; use auto or on")
+        return self
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment. Raises `SettingsError` with one line naming every variable at fault."""
+    faults: list[str] = []
+    while True:
+        try:
+            settings = Settings(**overrides)
+        except ValidationError as unfit:
+            found = unfit.errors(include_url=False, include_input=False)
+        else:
+            break
+        faults += [_describe(fault["loc"], fault["msg"]) for fault in found]
+        wrong = {_field_of(str(fault["loc"][0])) for fault in found if fault["loc"]}
+        if not wrong:
+            break
+        # Rules that look at several variables are asked only when each one is fine by itself:
+        # look again with the defaults in the place of those that are not.
+        overrides |= {name: Settings.model_fields[name].default for name in wrong}
+    if faults:
+        raise SettingsError("; ".join(faults))
+    return settings
+
+
+def variable_of(field: str) -> str:
+    """Name the variable that sets a field of `Settings`."""
+    alias = Settings.model_fields[field].validation_alias
+    if isinstance(alias, AliasChoices):
+        return str(alias.choices[0])
+    return str(alias or PREFIX + field.upper())
+
+
+def unknown_variables() -> list[str]:
+    """List the variables with our prefix that nothing reads, such as misspelled ones."""
+    known = {variable_of(field) for field in Settings.model_fields}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def _describe(location: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    if not location:
+        return message
+    name = str(location[0])
+    variable = variable_of(name) if name in Settings.model_fields else name
+    return f"{variable}: {_NOT_BUILT.get(variable, message)}"
+
+
+def _field_of(location: str) -> str:
+    for name, field in Settings.model_fields.items():
+        alias = field.validation_alias
+        aliases = alias.choices if isinstance(alias, AliasChoices) else [alias]
+        if location == name or location in aliases:
+            return name
+    raise LookupError(location)
+
+
+_NOT_BUILT = {
+    PREFIX + "AUTH": "only off is built so far; put the service behind something that checks",
+    PREFIX + "DURABILITY": "only local is built so far",
+}
+"""Promises that would be dangerous to take and not keep."""

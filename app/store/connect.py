@@ -1,0 +1,66 @@
+"""From the settings to a gateway: the one way in, with HTTP and without."""
+
+import atexit
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+from app.address import StoreAddress, unix_address
+from app.settings import Settings
+from app.store.client import make_client
+from app.store.embedded import attach_or_start
+from app.store.gateway import Client, Gateway, RetryPolicy
+from app.store.health import STEP_S, Probe
+from app.store.keys import Keys
+
+CONNECTIONS = 50
+"""Most connections of one process to the store (of a Cluster: to each node). A call takes well
+under a millisecond of one, so more would only queue in the store instead of here."""
+
+
+def connect(settings: Settings) -> Gateway:
+    """Make a gateway to the configured store; it connects when it is first used.
+
+    Without a configured one, attaches to the embedded store of the data directory and starts it if
+    none runs there. Raises `EmbeddedStoreError`.
+    """
+    return Gateway(
+        _client_maker(settings, settings.redis_timeout_s, CONNECTIONS, "onboarding"),
+        keys=Keys(hash_tag=settings.hash_tag),
+        lifetime_ms=settings.session_ttl_s * 1000,
+        mode=store_mode(settings),
+        policy=RetryPolicy(
+            attempts=settings.retry_attempts,
+            base_s=settings.retry_base_s,
+            jitter_s=settings.retry_jitter_s,
+            deadline_s=settings.request_deadline_s,
+        ),
+    )
+
+
+def make_probe(settings: Settings) -> Probe:
+    """Make a probe of the same store with a connection of its own. Raises `EmbeddedStoreError`."""
+    # Two connections: one look may still hold the first while it is being given up.
+    return Probe(_client_maker(settings, STEP_S, 2, "onboarding-health")(), Keys.canary)
+
+
+def store_mode(settings: Settings) -> str:
+    """Name the kind of store: embedded, standalone, sentinel or cluster."""
+    return "embedded" if settings.store_address is None else settings.store_address.mode
+
+
+def _client_maker(
+    settings: Settings, timeout_s: float, connections: int, name: str
+) -> Callable[[], Client]:
+    address = settings.store_address or _embedded_address(settings.data_dir)
+    return partial(
+        make_client, address, timeout_s=timeout_s, max_connections=connections, client_name=name
+    )
+
+
+@cache
+def _embedded_address(data_dir: Path) -> StoreAddress:
+    socket_path, started = attach_or_start(data_dir)
+    if started is not None:
+        atexit.register(started.stop)
+    return unix_address(socket_path)

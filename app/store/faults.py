@@ -1,0 +1,107 @@
+"""What a failure of the store means: one table, asked by the gateway and by nobody else."""
+
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import NamedTuple
+
+import structlog
+from redis import exceptions as redis_errors
+
+from app.errors import (
+    CorruptRecordError,
+    OverloadedError,
+    StoreError,
+    StoreFullError,
+    StoreReadonlyError,
+    StoreUnavailableError,
+)
+
+log = structlog.get_logger()
+
+
+class Remedy(Enum):
+    """What to do about a failure."""
+
+    RETRY = auto()
+    """Transient: send again, after a wait."""
+
+    RELOAD = auto()
+    """The store has forgotten the script: send again at once, with its text."""
+
+    GIVE_UP = auto()
+    """It would fail the same way again."""
+
+
+class Fault(NamedTuple):
+    """A failure, judged: its name for logs and counts, the remedy, the error for the caller.
+
+    No `error` stands for a record that cannot be read: only who asked knows which.
+    """
+
+    kind: str
+    remedy: Remedy
+    error: Callable[[], StoreError] | None
+
+
+def judge(failure: Exception) -> Fault | None:
+    """Judge an exception of the client; None for one that the store has nothing to do with."""
+    for kinds, text, fault in _TABLE:
+        if isinstance(failure, kinds) and text in str(failure):
+            return fault
+    return None
+
+
+def corrupt(key: str, part: str = "the session") -> CorruptRecordError:
+    """Report a record that cannot be read, and return the error for the caller.
+
+    `part` says in the caller's words what it holds: "step 4".
+    """
+    log.error("record_corrupt", key=key)
+    return CorruptRecordError(key, part)
+
+
+def _transient(kind: str) -> Fault:
+    return Fault(kind, Remedy.RETRY, StoreUnavailableError)
+
+
+def _permanent(kind: str, error: Callable[[], StoreError] | None = StoreUnavailableError) -> Fault:
+    return Fault(kind, Remedy.GIVE_UP, error)
+
+
+# The class, a part of the text ("" = any), what it means. Read from the top, first match wins:
+# several classes that must not be retried are children of ConnectionError, and NOREPLICAS, BUSY
+# and MISCONF are known by their text alone. redis-py drops the code where it has a class for it.
+_TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], ...] = (
+    (redis_errors.NoScriptError, "", Fault("no_script", Remedy.RELOAD, StoreUnavailableError)),
+    (redis_errors.AuthenticationError, "", _permanent("authentication")),
+    (redis_errors.AuthenticationWrongNumberOfArgsError, "", _permanent("authentication")),
+    (redis_errors.AuthorizationError, "", _permanent("authorization")),
+    (redis_errors.NoPermissionError, "", _permanent("authorization")),
+    (redis_errors.MaxConnectionsError, "", _permanent("pool_exhausted", OverloadedError)),
+    (
+        redis_errors.ConnectionError,
+        "No connection available",
+        _permanent("pool_exhausted", OverloadedError),
+    ),
+    (redis_errors.BusyLoadingError, "", _transient("loading")),
+    (redis_errors.ReadOnlyError, "", _transient("readonly")),
+    (redis_errors.ClusterDownError, "", _transient("cluster_down")),
+    (redis_errors.TryAgainError, "", _transient("try_again")),
+    (redis_errors.SlotNotCoveredError, "", _transient("cluster_down")),
+    (redis_errors.RedisClusterException, "", _transient("cluster_unreachable")),
+    (redis_errors.OutOfMemoryError, "", _permanent("out_of_memory", StoreFullError)),
+    (redis_errors.ResponseError, "OOM", _permanent("out_of_memory", StoreFullError)),
+    (redis_errors.ResponseError, "MISCONF", _permanent("misconfigured", StoreReadonlyError)),
+    (redis_errors.ResponseError, "WRONGTYPE", _permanent("wrong_type", None)),
+    (redis_errors.ResponseError, "NOREPLICAS", _transient("no_replicas")),
+    (redis_errors.ResponseError, "BUSY ", _transient("busy")),
+    (redis_errors.ResponseError, "CLUSTERDOWN", _transient("cluster_down")),
+    (redis_errors.ResponseError, "MASTERDOWN", _transient("master_down")),
+    (redis_errors.ResponseError, "TRYAGAIN", _transient("try_again")),
+    (redis_errors.ResponseError, "UNBLOCKED", _transient("readonly")),
+    # A script stumbles only over a record that somebody else wrote.
+    (redis_errors.ResponseError, "user_script", _permanent("script_failed", None)),
+    (redis_errors.TimeoutError, "", _transient("timeout")),
+    (redis_errors.ConnectionError, "", _transient("connection")),
+    ((TimeoutError, OSError), "", _transient("connection")),
+)

@@ -1,0 +1,275 @@
+"""The way to the store: one round trip a call, and the only place that sends again.
+
+The happy path enters no retry machinery: a call is sent, and only its failure is judged. What is
+transient is sent again 1, 2 and 4 seconds later, each with a random part, as long as the request's
+deadline allows; every sending of a write carries the same operation id, by which the script
+recognises it.
+"""
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import structlog
+from redis.asyncio import Redis, RedisCluster
+from redis.exceptions import NoScriptError
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exponential,
+    wait_random,
+)
+
+from app.clock import monotonic_s
+from app.context import get_context
+from app.errors import (
+    IdempotencyInProgressError,
+    IdempotencyMismatchError,
+)
+from app.onboarding.idempotency import IdempotentRequest
+from app.store.client import close_client
+from app.store.faults import Remedy, corrupt, judge
+from app.store.keys import Keys, SessionKeys
+from app.store.scripts import Script, load_script
+
+log = structlog.get_logger()
+
+Argument = str | bytes | int
+Client = Redis | RedisCluster
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and when a call that failed is sent again.
+
+    `attempts` counts the first sending. The wait before the n-th repeat is `base_s` * 2^(n-1) plus
+    a random part of up to `jitter_s`: full jitter would give up within a two-second outage in 15 %
+    of the calls. No repeat begins later than `deadline_s` after the call did, where the request
+    has no deadline of its own. All in seconds.
+    """
+
+    attempts: int = 4
+    base_s: float = 1.0
+    jitter_s: float = 0.5
+    deadline_s: float = 15.0
+
+
+class Reply(NamedTuple):
+    """What a script answered: a word first, then its values as bytes."""
+
+    word: str
+    values: list[Any]
+
+
+class Gateway:
+    """Sends commands and scripts to one store."""
+
+    def __init__(
+        self,
+        make_client: Callable[[], Client],
+        *,
+        keys: Keys,
+        lifetime_ms: int,
+        mode: str,
+        policy: RetryPolicy,
+    ) -> None:
+        """Take what makes the client: it is made anew for every event loop that asks.
+
+        `lifetime_ms` is how long a session lives after a write; `mode` is what health reports.
+        """
+        self.keys = keys
+        self.lifetime_ms = lifetime_ms
+        self.mode = mode
+        self._make_client = make_client
+        self._policy = policy
+        self._clients: dict[asyncio.AbstractEventLoop, Client] = {}
+        self._failures: deque[float] = deque(maxlen=10_000)
+
+    async def command(self, *parts: Argument) -> Any:
+        """Send a command that only reads or may be repeated. Raises a `StoreError`."""
+        return await self._deliver(str(parts[0]), parts[1:2], lambda _: self._execute(*parts))
+
+    async def evaluate(
+        self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()
+    ) -> Reply:
+        """Run a script that only reads or knows its repeats by itself. Raises a `StoreError`."""
+        script = load_script(name)
+        return _reply(
+            await self._deliver(name, keys, lambda _: self._run(script, [*keys], [*args]))
+        )
+
+    async def remove(self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()) -> Reply:
+        """Run a script that takes the number of the attempt as its first argument."""
+        script = load_script(name)
+        return _reply(
+            await self._deliver(name, keys, lambda nth: self._run(script, [*keys], [nth, *args]))
+        )
+
+    async def change(
+        self,
+        name: str,
+        session: SessionKeys,
+        keys: Sequence[str] = (),
+        args: Sequence[Argument] = (),
+        *,
+        at_ms: int,
+        request: IdempotentRequest | None = None,
+        record: str | None = None,
+    ) -> Reply:
+        """Run a script that changes a session, exactly once however often it has to be sent.
+
+        `at_ms` is the caller's time. `request` is the Idempotency-Key, if one came, and `record`
+        the key that keeps its answer, if not the session's own. Raises a `StoreError` or
+        `IdempotencyMismatchError`.
+        """
+        script = load_script(name)
+        all_keys = [*session[:4], *keys]
+        if request is not None:
+            all_keys.append(record or session.idempotency(request.scope))
+        head = (self.lifetime_ms, at_ms, "" if request is None else request.fingerprint)
+        operation = os.urandom(12).hex()
+
+        def send(attempt: int) -> Awaitable[Any]:
+            return self._run(script, all_keys, [operation, attempt, *head, *args])
+
+        reply = _reply(await self._deliver(name, all_keys, send))
+        return reply if request is None else unwrap_replay(reply, request)
+
+    async def recall(self, session: SessionKeys, request: IdempotentRequest) -> Reply | None:
+        """Return the first answer to an Idempotency-Key, for what must know it before it begins."""
+        key = session.idempotency(request.scope)
+        reply = await self.evaluate("recall_answer", [key], [request.fingerprint])
+        return None if reply.word == "unknown" else unwrap_replay(reply, request)
+
+    @property
+    def failures_last_minute(self) -> int:
+        """How many sendings failed in the last 60 seconds."""
+        since = monotonic_s() - 60
+        return sum(at > since for at in self._failures)
+
+    def describe_pool(self) -> dict[str, int]:
+        """Count the connections of this event loop's client: `in_use`, `idle`, `max`."""
+        client = self._clients.get(asyncio.get_running_loop())
+        if client is None or isinstance(client, RedisCluster):
+            return {}
+        pool: Any = client.connection_pool
+        in_use = len(pool._in_use_connections)  # noqa: SLF001 - the pool counts, but does not tell
+        return {
+            "in_use": in_use,
+            "idle": len(pool._available_connections),  # noqa: SLF001
+            "max": pool.max_connections,
+        }
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop's client."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await close_client(client)
+
+    async def _deliver(
+        self, what: str, keys: Sequence[Argument], send: Callable[[int], Awaitable[T]]
+    ) -> T:
+        try:
+            return await send(1)
+        except Exception as failure:  # noqa: BLE001 - judged, and raised unless the table knows it
+            first = failure
+        try:
+            return await self._send_again(what, first, send)
+        except Exception as failure:
+            fault = judge(failure)
+            if fault is None:
+                raise
+            log.error("store_call_failed", call=what, fault=fault.kind)
+            if fault.error is None:
+                # Which of the keys it was, the store does not say.
+                raise corrupt(" ".join(map(str, keys))) from None
+            raise fault.error() from None
+
+    async def _send_again(
+        self, what: str, first: Exception, send: Callable[[int], Awaitable[T]]
+    ) -> T:
+        """Go on from a first failure: raise it if it is final, else repeat after the waits."""
+        context = get_context()
+        left_s = self._policy.deadline_s
+        if context is not None:
+            left_s = context.deadline_s - monotonic_s()
+
+        def note(state: RetryCallState) -> None:
+            failure = state.outcome and state.outcome.exception()
+            fault = judge(failure) if isinstance(failure, Exception) else None
+            kind = fault.kind if fault else "unknown"
+            log.warning("store_call_retried", call=what, fault=kind, attempt=state.attempt_number)
+            if context is not None:
+                context.meter.retries += 1
+
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._policy.attempts) | stop_before_delay(max(0.0, left_s)),
+            wait=wait_exponential(multiplier=self._policy.base_s)
+            + wait_random(0, self._policy.jitter_s),
+            retry=retry_if_exception(self._is_transient),
+            before_sleep=note,
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                number = attempt.retry_state.attempt_number
+                if number == 1:
+                    raise first
+                return await send(number)
+        raise AssertionError("tenacity reraises the last failure")
+
+    def _is_transient(self, failure: BaseException) -> bool:
+        fault = judge(failure) if isinstance(failure, Exception) else None
+        if fault is None:
+            return False
+        self._failures.append(monotonic_s())
+        return fault.remedy is Remedy.RETRY
+
+    async def _run(self, script: Script, keys: list[str], args: list[Argument]) -> Any:
+        try:
+            return await self._execute("EVALSHA", script.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            # After a restart, a failover or SCRIPT FLUSH. EVAL runs the script and keeps it.
+            return await self._execute("EVAL", script.text, len(keys), *keys, *args)
+
+    async def _execute(self, *parts: Argument) -> Any:
+        context = get_context()
+        if context is not None:
+            context.meter.commands += 1
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
+            # Connections belong to an event loop; those of loops that are closed are gone.
+            self._clients = {
+                other: c for other, c in self._clients.items() if not other.is_closed()
+            }
+            client = self._clients[loop] = self._make_client()
+        return await client.execute_command(*parts)
+
+
+def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:
+    """Take the first answer out of a replayed one and note that it is one.
+
+    Raises `IdempotencyMismatchError` and `IdempotencyInProgressError`.
+    """
+    if reply.word == "replayed":
+        request.replayed = True
+        return _reply(reply.values[0])
+    if reply.word == "idempotency_mismatch":
+        raise IdempotencyMismatchError(
+            "This Idempotency-Key was used with another request; take a new key for a new request"
+        )
+    if reply.word == "in_progress":
+        raise IdempotencyInProgressError
+    return reply
+
+
+def _reply(raw: list[Any]) -> Reply:
+    return Reply(raw[0].decode(), raw[1:])

@@ -1,0 +1,17 @@
+-- Look up the first answer to an Idempotency-Key.
+--
+-- KEYS  1 the record
+-- ARGV  1 fingerprint of the request
+--
+-- Returns {'replayed', <first answer>}, {'idempotency_mismatch'}, {'unknown'}
+--
+-- Safe to send twice: it reads.
+
+local kept = redis.call('GET', KEYS[1])
+if not kept then
+  return {'unknown'}
+end
+if string.sub(kept, 1, #ARGV[1]) ~= ARGV[1] then
+  return {'idempotency_mismatch'}
+end
+return {'replayed', cjson.decode(string.sub(kept, #ARGV[1] + 1))}

@@ -1,0 +1,128 @@
+-- The opening of every script that changes a session: put before those whose first line asks for it.
+--
+-- It reads the clock and the session's state, recognises what was sent before, and gives the script
+-- its verbs: `change`, `record`, `answer`.
+--
+-- KEYS  1 metadata, 2 progress, 3 events, 4 ops, from 5 the script's own;
+--       the record of the Idempotency-Key comes last, when there is one
+-- ARGV  1 operation id, 2 attempt (1 = first), 3 lifetime in ms, 4 the caller's time in Unix ms,
+--       5 fingerprint of the request ('' = no Idempotency-Key), from 6 the script's own
+--
+-- Returns before the script begins: the first answer, when the operation id is remembered;
+-- {'replayed', <first answer>} or {'idempotency_mismatch'}, when the Idempotency-Key is.
+--
+-- Safe to send twice: an operation is remembered for 120 s at least by Redis' own clock, however
+-- many others write, and a repeat is answered from memory before anything is looked at or changed.
+--
+-- The keys of a session that a script does not name (all steps, when the lifetime moves on) are
+-- derived from the name of `progress`: they share its prefix and, under a hash tag, its slot.
+
+local METADATA, PROGRESS, EVENTS, OPS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local operation, lifetime_ms, at_ms, fingerprint = ARGV[1], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+
+local MEMORY_MS = 120000
+local IDEMPOTENCY_MS = 86400000
+local EVENTS_KEPT = 1000
+-- All keys share one deadline, rounded up to 1/168 of the lifetime (an hour of seven days): only
+-- the write that crosses into the next step touches the keys of every other step.
+local DEADLINE_STEPS = 168
+
+local time = redis.call('TIME')
+local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+-- The memory of operations: fields '<turn>:<operation>', a turn being 120 s long. Looked up in
+-- this turn and the one before; older ones are forgotten when a new turn begins.
+local turn = math.floor(now_ms / MEMORY_MS)
+local memory = redis.call('HMGET', OPS,
+  whole(turn) .. ':' .. operation, whole(turn - 1) .. ':' .. operation, 'turn')
+if memory[1] or memory[2] then
+  return cjson.decode(memory[1] or memory[2])
+end
+
+local idempotency = fingerprint ~= '' and KEYS[#KEYS]
+if idempotency then
+  local kept = redis.call('GET', idempotency)
+  if kept then
+    if string.sub(kept, 1, #fingerprint) ~= fingerprint then
+      return {'idempotency_mismatch'}
+    end
+    return {'replayed', cjson.decode(string.sub(kept, #fingerprint + 1))}
+  end
+end
+
+local found = redis.call('HMGET', PROGRESS, 'status', 'saved', 'highest', 'created_at',
+  'updated_at', 'deadline', 'finalized_at', 'revision', 'changes', 'catalogue')
+local state = {
+  status = found[1], saved = found[2], highest = found[3], created_at = found[4],
+  updated_at = found[5], finalized_at = found[7], revision = found[8], changes = found[9],
+  catalogue = found[10],
+}
+
+local deadline_ms = tonumber(found[6] or 0)
+local step_ms = math.max(1, math.floor(lifetime_ms / DEADLINE_STEPS))
+local wanted_ms = math.ceil((now_ms + lifetime_ms) / step_ms) * step_ms
+local moved = wanted_ms > deadline_ms
+if moved then
+  deadline_ms = wanted_ms
+end
+local deadline = whole(deadline_ms)
+
+local function change(...)
+  state.updated_at = at_ms
+  redis.call('HSET', PROGRESS, 'updated_at', at_ms,
+    'changes', whole(tonumber(state.changes or 0) + 1), ...)
+end
+
+local function record(kind, ...)
+  redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'type', kind, 'at', at_ms, ...)
+end
+
+local function forget_older_turns()
+  local stale = {}
+  local fields = redis.call('HGETALL', OPS)
+  for i = 1, #fields, 2 do
+    local of = tonumber(string.match(fields[i], '^(%d+):'))
+    local expired_key = string.sub(fields[i], 1, 4) == 'key:' and tonumber(fields[i + 1]) < now_ms
+    if expired_key or (of and of < turn - 1) then
+      stale[#stale + 1] = fields[i]
+    end
+  end
+  for i = 1, #stale, 500 do
+    redis.call('HDEL', OPS, unpack(stale, i, math.min(i + 499, #stale)))
+  end
+end
+
+local function move_deadline()
+  local prefix = string.sub(PROGRESS, 1, -#'progress' - 1)
+  redis.call('HSET', PROGRESS, 'deadline', deadline)
+  for _, name in ipairs({'metadata', 'progress', 'events', 'ops', 'export'}) do
+    redis.call('PEXPIREAT', prefix .. name, deadline)
+  end
+  for step = 1, #state.saved do
+    if string.byte(state.saved, step) == 49 then -- '1'
+      redis.call('PEXPIREAT', prefix .. 'step:' .. step, deadline)
+    end
+  end
+end
+
+-- Remember the reply and return it. `kept` is what the Idempotency-Key answers, if not the reply.
+local function answer(reply, kept)
+  redis.call('HSET', OPS, whole(turn) .. ':' .. operation, cjson.encode(reply), 'turn', whole(turn))
+  if idempotency then
+    local until_ms = whole(math.min(now_ms + IDEMPOTENCY_MS, deadline_ms))
+    redis.call('SET', idempotency, fingerprint .. cjson.encode(kept or reply), 'PXAT', until_ms)
+    redis.call('HSET', OPS, 'key:' .. idempotency, until_ms)
+  end
+  if memory[3] ~= whole(turn) then
+    forget_older_turns()
+  end
+  if moved then
+    move_deadline()
+  end
+  return reply
+end
+

@@ -1,0 +1,22 @@
+-- include session.lua
+-- Change who a session belongs to and what is attached to it.
+--
+-- KEYS  none of its own
+-- ARGV  6 number of fields to set, then field and value of each, then the fields to remove
+--
+-- Returns {'ok'}, {'not_found'}
+--
+-- Safe to send twice: see session.lua.
+
+if not state.status then
+  return {'not_found'}
+end
+
+local last = 6 + 2 * tonumber(ARGV[6])
+redis.call('HSET', METADATA, unpack(ARGV, 7, last))
+if #ARGV > last then
+  redis.call('HDEL', METADATA, unpack(ARGV, last + 1))
+end
+change()
+record('metadata_changed')
+return answer({'ok'})

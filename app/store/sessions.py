@@ -1,0 +1,278 @@
+"""Sessions in the store: made, read, changed and removed as one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from app.errors import (
+    GenerationRunningError,
+    InvalidStepIdError,
+    NotFinalizedError,
+    SessionNotFoundError,
+)
+from app.onboarding.catalogue import Catalogue
+from app.onboarding.idempotency import IdempotentRequest
+from app.onboarding.progress import Progress, describe_progress
+from app.onboarding.sessions import Owner, Session, State
+from app.store.faults import corrupt
+from app.store.gateway import Gateway, Reply, unwrap_replay
+from app.store.keys import SessionKeys
+
+CLAIM_MS = 30_000
+"""How long an Idempotency-Key stays claimed by a request that never came back: two deadlines."""
+
+IDEMPOTENCY_MS = 86_400_000
+"""How long the answer to an Idempotency-Key is kept: 24 hours."""
+
+
+class Created(NamedTuple):
+    """A session that was made, or found made before by the same Idempotency-Key."""
+
+    session_id: str
+    state: State
+
+
+class SessionStore:
+    """Keeps sessions. An unknown one raises `SessionNotFoundError` wherever a session is named."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._keys = gateway.keys
+
+    async def create(
+        self,
+        session_id: str,
+        owner: Owner,
+        catalogue: Catalogue,
+        *,
+        at_ms: int,
+        request: IdempotentRequest | None = None,
+    ) -> Created | None:
+        """Make a session; None when there is one with this id.
+
+        One round trip; three on a Cluster when there is an Idempotency-Key, because its record
+        and the session lie in different slots.
+        """
+        record = None if request is None else self._keys.creation(request.scope)
+        if record is None or request is None or not self._keys.hash_tag:
+            return await self._create(session_id, owner, catalogue, at_ms, request, record)
+        claim = await self._gateway.evaluate(
+            "claim_key", [record], [request.fingerprint, session_id, CLAIM_MS]
+        )
+        reply = unwrap_replay(claim, request)
+        if request.replayed:
+            return _created(reply)
+        created = await self._create(session_id, owner, catalogue, at_ms, None, record)
+        if created is not None:
+            answer = ["ok", session_id, str(at_ms), str(created.state.deadline_ms), catalogue.total]
+            kept_ms = min(IDEMPOTENCY_MS, self._gateway.lifetime_ms)
+            text = request.fingerprint.encode() + orjson.dumps([str(part) for part in answer])
+            await self._gateway.command("SET", record, text, "PX", kept_ms)
+        return created
+
+    async def _create(
+        self,
+        session_id: str,
+        owner: Owner,
+        catalogue: Catalogue,
+        at_ms: int,
+        request: IdempotentRequest | None,
+        record: str | None,
+    ) -> Created | None:
+        fields: dict[str, str | bytes] = {"language": owner.language, "custom": owner.custom}
+        if owner.workspace_id is not None:
+            fields["workspace_id"] = owner.workspace_id
+        if owner.user_id is not None:
+            fields["user_id"] = owner.user_id
+        if self._keys.hash_tag and record is not None:
+            fields["record"] = record
+        reply = await self._gateway.change(
+            "create_session",
+            self._keys.session(session_id),
+            args=[session_id, catalogue.pin, catalogue.total, *_flat(fields)],
+            at_ms=at_ms,
+            request=request,
+            record=record,
+        )
+        return None if reply.word == "exists" else _created(reply)
+
+    async def get(self, session_id: str) -> Session:
+        """Read a session without its answers. One round trip."""
+        session, _ = await self.get_with(session_id, [])
+        return session
+
+    async def get_with(
+        self, session_id: str, strings: Sequence[str]
+    ) -> tuple[Session, list[bytes | None]]:
+        """Read a session and some of its string keys at one instant, in one round trip."""
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.evaluate("read_session", [*keys[:2], *strings])
+        if reply.word == "not_found":
+            raise SessionNotFoundError
+        if reply.word == "damaged":
+            raise corrupt(reply.values[0].decode())
+        metadata, progress, values = reply.values
+        return _session(session_id, keys, _pairs(metadata), _pairs(progress)), values
+
+    async def get_state(self, session_id: str) -> State:
+        """Read what a session's progress tells. One command."""
+        key = self._keys.session(session_id).progress
+        values = await self._gateway.command("HMGET", key, *_STATE_FIELDS)
+        if not any(values):
+            raise SessionNotFoundError
+        return _state(key, values)
+
+    async def exists(self, session_id: str) -> bool:
+        """Say whether there is such a session. One command."""
+        found = await self._gateway.command("EXISTS", self._keys.session(session_id).progress)
+        return bool(found)
+
+    async def get_pin(self, session_id: str) -> str:
+        """Read which catalogue a session began with. One command."""
+        key = self._keys.session(session_id).progress
+        pin = await self._gateway.command("HGET", key, "catalogue")
+        if pin is None:
+            raise SessionNotFoundError
+        return str(pin.decode())
+
+    async def set_metadata(
+        self, session_id: str, fields: Mapping[str, str | bytes | None], *, at_ms: int
+    ) -> None:
+        """Change fields of `Owner` by their names; None removes one."""
+        present = {name: value for name, value in fields.items() if value is not None}
+        absent = [name for name, value in fields.items() if value is None]
+        reply = await self._gateway.change(
+            "set_metadata",
+            self._keys.session(session_id),
+            args=[len(present), *_flat(present), *absent],
+            at_ms=at_ms,
+        )
+        if reply.word == "not_found":
+            raise SessionNotFoundError
+
+    async def raise_progress(self, session_id: str, step_id: int, *, at_ms: int) -> Progress:
+        """Raise the high-water mark. Raises `InvalidStepIdError` beyond the session's steps."""
+        reply = await self._gateway.change(
+            "raise_progress", self._keys.session(session_id), args=[step_id], at_ms=at_ms
+        )
+        if reply.word == "not_found":
+            raise SessionNotFoundError
+        if reply.word == "out_of_range":
+            raise InvalidStepIdError(f"The mark is 0 to {int(reply.values[0])}")
+        return progress_of(reply)
+
+    async def reopen(
+        self, session_id: str, *, at_ms: int, request: IdempotentRequest | None = None
+    ) -> tuple[Owner, State]:
+        """Unlock the steps. Raises `NotFinalizedError`, `GenerationRunningError`."""
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.change("reopen_session", keys, at_ms=at_ms, request=request)
+        match reply.word:
+            case "not_found":
+                raise SessionNotFoundError
+            case "not_finalized":
+                raise NotFinalizedError
+            case "generation_running":
+                raise GenerationRunningError
+        session = _session(session_id, keys, *(_pairs(part) for part in reply.values))
+        return session.owner, session.state
+
+    async def delete(self, session_id: str, steps: int) -> None:
+        """Remove every key of a session, of at least `steps` steps."""
+        keys = self._keys.session(session_id)
+        record = None
+        if self._keys.hash_tag:
+            record = await self._gateway.command("HGET", keys.metadata, "record")
+        reply = await self._gateway.remove("delete_session", keys[:4], [steps])
+        if record is not None:
+            await self._gateway.command("DEL", record)
+        if reply.word == "not_found":
+            raise SessionNotFoundError
+
+
+def progress_of(reply: Reply) -> Progress:
+    """Read the progress with which scripts answer: saved, highest, created_at, updated_at."""
+    saved, highest, created_at, updated_at = reply.values[:4]
+    return describe_progress(saved.decode(), int(highest), int(created_at), int(updated_at))
+
+
+_STATE_FIELDS = (
+    *("status", "saved", "highest", "created_at", "updated_at"),
+    *("deadline", "finalized_at", "revision"),
+)
+
+
+def _state(key: str, values: Sequence[bytes | None]) -> State:
+    status, saved, highest, created, updated, deadline, finalized, revision = values
+    if not status or not saved or saved.strip(b"01"):
+        raise corrupt(key)
+    try:
+        return State(
+            status=status.decode(),
+            saved=saved.decode(),
+            highest=int(highest or b""),
+            created_ms=int(created or b""),
+            updated_ms=int(updated or b""),
+            deadline_ms=int(deadline or b""),
+            finalized_ms=int(finalized) if finalized else None,
+            revision=int(revision or b""),
+        )
+    except ValueError:
+        raise corrupt(key) from None
+
+
+def _session(
+    session_id: str,
+    keys: SessionKeys,
+    metadata: Mapping[bytes, bytes],
+    progress: Mapping[bytes, bytes],
+) -> Session:
+    state = _state(keys.progress, [progress.get(name.encode()) for name in _STATE_FIELDS])
+    marked = [step for step, mark in enumerate(state.saved, start=1) if mark == "1"]
+    try:
+        versions = {step: int(progress[b"v%d" % step]) for step in marked}
+        saved_ms = {step: int(progress[b"s%d" % step]) for step in marked}
+        changes, pin = int(progress[b"changes"]), progress[b"catalogue"].decode()
+    except (KeyError, ValueError):
+        raise corrupt(keys.progress) from None
+    try:
+        owner = Owner(
+            workspace_id=_text(metadata.get(b"workspace_id")),
+            user_id=_text(metadata.get(b"user_id")),
+            language=metadata[b"language"].decode(),
+            custom=metadata[b"custom"],
+        )
+        custom = orjson.loads(owner.custom)
+    except (KeyError, ValueError):
+        raise corrupt(keys.metadata) from None
+    if not isinstance(custom, dict):
+        raise corrupt(keys.metadata)
+    return Session(session_id, owner, state, pin, changes, versions, saved_ms)
+
+
+def _created(reply: Reply) -> Created:
+    session_id, at_ms, deadline_ms, steps = reply.values[:4]
+    state = State(
+        status="pending",
+        saved="0" * int(steps),
+        highest=0,
+        created_ms=int(at_ms),
+        updated_ms=int(at_ms),
+        deadline_ms=int(deadline_ms),
+        finalized_ms=None,
+        revision=0,
+    )
+    return Created(session_id.decode(), state)
+
+
+def _flat(fields: Mapping[str, str | bytes]) -> list[str | bytes]:
+    return [part for pair in fields.items() for part in pair]
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[bytes, Any]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode()

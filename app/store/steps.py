@@ -1,0 +1,301 @@
+"""Saved steps and drafts in the store: bytes in, the same bytes out."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import orjson
+
+from app.errors import (
+    DraftNotFoundError,
+    SessionFinalizedError,
+    SessionNotFoundError,
+    StepNotFoundError,
+    VersionConflictError,
+)
+from app.onboarding.documents import Document
+from app.onboarding.idempotency import IdempotentRequest
+from app.onboarding.progress import Progress
+from app.onboarding.sessions import Session
+from app.onboarding.steps import NO_PRECONDITION, Precondition, Tags
+from app.store.faults import corrupt
+from app.store.gateway import Gateway, Reply
+from app.store.sessions import SessionStore, progress_of
+
+
+class OtherCatalogueError(Exception):
+    """The session began with another catalogue, known by `pin`; nothing was done."""
+
+    def __init__(self, pin: str) -> None:
+        super().__init__(pin)
+        self.pin = pin
+
+
+class StepChangedError(Exception):
+    """The step or the draft is no longer what the caller has read; nothing was done."""
+
+
+class Saved(NamedTuple):
+    """What a save came to: the versions by step number, the progress, when (Unix ms)."""
+
+    versions: dict[int, int]
+    progress: Progress
+    at_ms: int
+
+
+class StoredStep(NamedTuple):
+    """A step as stored: `data` is its answers, `text` the whole record, both JSON."""
+
+    version: int
+    saved_at: str
+    data: bytes
+    text: bytes
+
+
+class Draft(NamedTuple):
+    """A draft as stored, and the version of the step beside it (None: not saved)."""
+
+    draft_id: str
+    data: bytes
+    saved_at: str
+    version: int | None
+
+
+class StepStore:
+    """Keeps the steps and drafts of sessions.
+
+    An unknown session raises `SessionNotFoundError`, a finalized one `SessionFinalizedError`
+    where it is about to be changed. Each call is one round trip.
+    """
+
+    def __init__(self, gateway: Gateway, sessions: SessionStore) -> None:
+        self._gateway = gateway
+        self._keys = gateway.keys
+        self._sessions = sessions
+
+    async def save(
+        self,
+        session_id: str,
+        answers: Mapping[int, Document],
+        *,
+        pin: str,
+        at_ms: int,
+        saved_at: str,
+        precondition: Precondition = NO_PRECONDITION,
+        expected_version: int | None = None,
+        expected_draft: str | None = None,
+        request: IdempotentRequest | None = None,
+    ) -> Saved:
+        """Save steps, all or none; what is expected or a precondition is for a single one.
+
+        Raises `OtherCatalogueError` unless the session's catalogue is `pin`, `VersionConflictError`
+        when the precondition does not hold, `StepChangedError` when the expectation does not.
+        """
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.change(
+            "save_steps",
+            keys,
+            [key for number in answers for key in (keys.step(number), keys.draft(number))],
+            [
+                pin,
+                _tags(precondition.if_match),
+                _tags(precondition.if_none_match),
+                "" if expected_version is None else expected_version,
+                expected_draft or "",
+                saved_at,
+                *(part for number, data in answers.items() for part in (number, data.text)),
+            ],
+            at_ms=at_ms,
+            request=request,
+        )
+        match reply.word:
+            case "not_found":
+                raise SessionNotFoundError
+            case "other_catalogue":
+                raise OtherCatalogueError(reply.values[0].decode())
+            case "finalized":
+                raise SessionFinalizedError
+            case "conflict":
+                raise VersionConflictError(_version(reply.values[0]))
+            case "changed":
+                raise StepChangedError
+        return _saved(reply)
+
+    async def recall_save(self, session_id: str, request: IdempotentRequest) -> Saved | None:
+        """Return what a save with this Idempotency-Key came to; None when there was none."""
+        reply = await self._gateway.recall(self._keys.session(session_id), request)
+        return None if reply is None else _saved(reply)
+
+    async def get(self, session_id: str, step_id: int) -> StoredStep | None:
+        """Read a step; None when it is not saved. One command, two when there is none."""
+        key = self._keys.session(session_id).step(step_id)
+        stored = await self._gateway.command("GET", key)
+        if stored is None:
+            if not await self._sessions.exists(session_id):
+                raise SessionNotFoundError
+            return None
+        return decode_step(step_id, key, stored)
+
+    async def list_all(self, session_id: str, steps: int) -> tuple[Session, dict[int, StoredStep]]:
+        """Read a session with its saved steps, of the numbers 1 to `steps`, at one instant.
+
+        Where the session has more steps than that, those beyond are not read.
+        """
+        keys = self._keys.session(session_id)
+        numbers = range(1, steps + 1)
+        session, strings = await self._sessions.get_with(session_id, [*map(keys.step, numbers)])
+        records = {
+            number: decode_step(number, keys.step(number), stored)
+            for number, stored in zip(numbers, strings, strict=True)
+            if number in session.versions
+        }
+        return session, records
+
+    async def list_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
+        """Read a session with the numbers of the steps, up to `steps`, that have a draft."""
+        keys = self._keys.session(session_id)
+        numbers = range(1, steps + 1)
+        session, strings = await self._sessions.get_with(session_id, [*map(keys.draft, numbers)])
+        return session, frozenset(
+            number for number, stored in zip(numbers, strings, strict=True) if stored is not None
+        )
+
+    async def delete(
+        self,
+        session_id: str,
+        step_id: int,
+        *,
+        at_ms: int,
+        if_match: Tags | None = None,
+        request: IdempotentRequest | None = None,
+    ) -> Progress:
+        """Remove a step. Raises `StepNotFoundError`, `VersionConflictError`."""
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.change(
+            "delete_step",
+            keys,
+            [keys.step(step_id)],
+            [step_id, _tags(if_match)],
+            at_ms=at_ms,
+            request=request,
+        )
+        match reply.word:
+            case "not_found":
+                raise SessionNotFoundError
+            case "step_not_found":
+                raise StepNotFoundError(step_id)
+            case "finalized":
+                raise SessionFinalizedError
+            case "conflict":
+                raise VersionConflictError(_version(reply.values[0]))
+        return progress_of(reply)
+
+    async def save_draft(
+        self,
+        session_id: str,
+        step_id: int,
+        data: Document,
+        *,
+        pin: str,
+        at_ms: int,
+        saved_at: str,
+        lifetime_ms: int,
+        request: IdempotentRequest | None = None,
+    ) -> int | None:
+        """Keep a draft for `lifetime_ms` and return the version of the saved step, if it is saved.
+
+        Raises `OtherCatalogueError` unless the session's catalogue is `pin`.
+        """
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.change(
+            "save_draft",
+            keys,
+            [keys.draft(step_id)],
+            [pin, step_id, saved_at, lifetime_ms, data.text],
+            at_ms=at_ms,
+            request=request,
+        )
+        match reply.word:
+            case "not_found":
+                raise SessionNotFoundError
+            case "other_catalogue":
+                raise OtherCatalogueError(reply.values[0].decode())
+            case "finalized":
+                raise SessionFinalizedError
+        return _version(reply.values[0])
+
+    async def get_draft(self, session_id: str, step_id: int) -> Draft | None:
+        """Read a draft; None when there is none."""
+        keys = self._keys.session(session_id)
+        key = keys.draft(step_id)
+        reply = await self._gateway.evaluate("read_draft", [keys.progress, key], [step_id])
+        if reply.word == "not_found":
+            raise SessionNotFoundError
+        if reply.word == "draft_not_found":
+            return None
+        found = _DRAFT.fullmatch(reply.values[0])
+        if not found or not _is_object(found["data"]):
+            raise corrupt(key, f"the draft of step {step_id}")
+        version = _version(reply.values[1])
+        return Draft(found["id"].decode(), found["data"], found["at"].decode(), version)
+
+    async def delete_draft(self, session_id: str, step_id: int, *, at_ms: int) -> None:
+        """Drop a draft. Raises `DraftNotFoundError`."""
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.change("delete_draft", keys, [keys.draft(step_id)], at_ms=at_ms)
+        match reply.word:
+            case "not_found":
+                raise SessionNotFoundError
+            case "draft_not_found":
+                raise DraftNotFoundError(step_id)
+            case "finalized":
+                raise SessionFinalizedError
+
+
+def decode_step(step_id: int, key: str, stored: bytes | None) -> StoredStep:
+    """Recognise a stored step. Raises `CorruptRecordError`.
+
+    The answers are parsed once to see that they are whole (1 us for 1 KB) and stay bytes.
+    """
+    found = _STEP.fullmatch(stored or b"")
+    if not found or int(found["id"]) != step_id or not _is_object(found["data"]):
+        raise corrupt(key, f"step {step_id}")
+    return StoredStep(int(found["version"]), found["at"].decode(), found["data"], found[0])
+
+
+def _saved(reply: Reply) -> Saved:
+    numbers = map(int, reply.values[4:])
+    return Saved(dict(zip(numbers, numbers, strict=True)), progress_of(reply), int(reply.values[3]))
+
+
+_AT = rb'"saved_at":"(?P<at>[0-9T:.Z-]{20,30})"'
+_STEP = re.compile(
+    rb'\{"step_id":(?P<id>[0-9]{1,3}),"version":(?P<version>[0-9]{1,15}),'
+    + _AT
+    + rb',"data":(?P<data>\{.*\})\}',
+    re.DOTALL,
+)
+_DRAFT = re.compile(
+    rb'\{"step_id":[0-9]{1,3},"draft_id":"(?P<id>[0-9a-f]+)",'
+    + _AT
+    + rb',"data":(?P<data>\{.*\})\}',
+    re.DOTALL,
+)
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _tags(tags: Tags | None) -> str:
+    """Write tags as the scripts read them: '' none, '*', or '|3|4|'."""
+    if tags is None:
+        return ""
+    return "*" if tags.any_version else f"|{'|'.join(map(str, sorted(tags.versions)))}|"
+
+
+def _version(value: bytes) -> int | None:
+    return int(value) if value else None
