@@ -6,7 +6,9 @@ Which HTTP status a code has is the business of `app/api/problems.py`.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, TypedDict
+from typing import ClassVar
+
+from typing_extensions import TypedDict
 
 
 class Fault(TypedDict):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import TypedDict
+
 from app.services.health import HealthMonitor
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import Settings
@@ -21,6 +23,13 @@ class Services:
         """Close what was opened, last opened first."""
         await self.health.aclose()
         await self.gateway.aclose()
+
+
+class AppState(TypedDict):
+    """What the lifespan hands to every request."""
+
+    services: Services
+    settings: Settings
 
 
 def build_services(settings: Settings) -> Services:

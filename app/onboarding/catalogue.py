@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import jsonschema_rs
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from typing_extensions import TypedDict
 
 from app.errors import Fault, InvalidStepDataError, InvalidStepIdError
 from app.onboarding.documents import MAX_FAULTS, Document, json_pointer
@@ -37,6 +38,14 @@ class CatalogueStep(BaseModel):
     required: bool
     help: Annotated[str, StringConstraints(min_length=1, max_length=4000)] | None = None
     json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+
+
+class CatalogueView(TypedDict):
+    """A catalogue as clients see it."""
+
+    version: str
+    total: int
+    steps: list[CatalogueStep]
 
 
 class Catalogue:

@@ -6,18 +6,57 @@ from typing import Any
 
 import orjson
 import rfc8785
+from typing_extensions import TypedDict
 
 from app.clock import rfc3339
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.documents import Document
-from app.onboarding.sessions import Session, describe_owner
+from app.onboarding.progress import Progress
+from app.onboarding.sessions import Session, SummaryMetadata, describe_owner
 
 FORMAT_VERSION = "2.0"
 """Version of the export's shape, which generators look at."""
 
 
+class ExportStep(TypedDict):
+    """A step in an export."""
+
+    step_id: int
+    version: int
+    saved_at: str
+    data: dict[str, Any]
+
+
+class ExportView(TypedDict):
+    """An export; `raw_step_data` repeats the answers as `step_<n>` with `metadata` beside them."""
+
+    version: str
+    revision: int
+    generated_at: str
+    session_id: str
+    catalogue_version: str
+    metadata: SummaryMetadata
+    progress: Progress
+    steps: dict[str, ExportStep]
+    raw_step_data: dict[str, Any]
+    complete: bool
+    missing_steps: list[int]
+    checksum: str
+
+
+class FinalizeView(TypedDict):
+    """What finalize came to."""
+
+    success: bool
+    session_id: str
+    business_context: ExportView
+    completed_steps: int
+    total_steps: int
+    finalized_at: str
+
+
 class Export(Document):
-    """An export as stored, with the `checksum` that it carries: `sha256:<hex>`."""
+    """A stored export: a mapping like `ExportView`, with the `checksum` at hand."""
 
     __slots__ = ("checksum",)
 
@@ -35,7 +74,7 @@ class Export(Document):
 
 
 class FinalizeAnswer(Document):
-    """The answer to finalize: the export with the counts beside it."""
+    """The answer to finalize: a mapping like `FinalizeView`."""
 
     __slots__ = ()
 

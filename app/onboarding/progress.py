@@ -1,6 +1,6 @@
 """How far a session is."""
 
-from typing import TypedDict
+from typing_extensions import TypedDict
 
 from app.clock import rfc3339
 

@@ -3,7 +3,9 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from app.clock import rfc3339
 from app.errors import Fault, InvalidRequestError

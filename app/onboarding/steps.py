@@ -3,15 +3,24 @@
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from app.onboarding.documents import Document
 
 
-class Step(Document):
-    """A saved step or a draft, as a mapping of the shape that clients see.
+class StepView(TypedDict):
+    """A saved step or a draft; `version` is None for a draft of a step that is not saved."""
 
-    `session_id`, `step_id`, `data`, `version` (None for a draft of a step that is not saved),
-    `saved_at` (RFC 3339), `is_draft`.
-    """
+    session_id: str
+    step_id: int
+    data: dict[str, Any]
+    version: int | None
+    saved_at: str
+    is_draft: bool
+
+
+class Step(Document):
+    """A saved step or a draft: a mapping like `StepView`, with the `version` at hand."""
 
     __slots__ = ("version",)
 

@@ -1,9 +1,10 @@
 """Whether the service can do its work, known before anybody asks."""
 
 import asyncio
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
 
 import structlog
+from typing_extensions import TypedDict
 
 from app import __version__
 from app.clock import monotonic_s

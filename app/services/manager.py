@@ -5,9 +5,10 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import structlog
+from typing_extensions import TypedDict
 
 from app.clock import now_ms, rfc3339
 from app.errors import (

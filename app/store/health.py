@@ -61,9 +61,11 @@ class Probe:
         info = await self._can("INFO", "server")
         if not isinstance(info, dict):
             return None
-        # A Cluster client answers by node. Valkey's redis_version is that of the Redis it left.
-        server = next((part for part in info.values() if isinstance(part, dict)), info)
-        version = server.get("valkey_version") or server.get("redis_version")
+        if "redis_version" not in info:
+            # A Cluster client answers by node.
+            info = next((node for node in info.values() if isinstance(node, dict)), {})
+        # Valkey's redis_version is that of the Redis it once left.
+        version = info.get("valkey_version") or info.get("redis_version")
         return None if version is None else str(version)
 
     async def try_each(self) -> dict[str, bool]:

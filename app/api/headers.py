@@ -1,0 +1,100 @@
+"""Request headers to values: entity tags, Idempotency-Key, media types, request ids."""
+
+import re
+from dataclasses import dataclass
+
+from app.errors import InvalidHeaderError, InvalidIdempotencyKeyError, UnsupportedMediaTypeError
+from app.onboarding.steps import Tags
+
+
+@dataclass(frozen=True, slots=True)
+class EntityTags:
+    """If-Match or If-None-Match: `*`, or the opaque parts of the tags (RFC 9110 section 8.8.3)."""
+
+    any: bool
+    strong: frozenset[str]
+    weak: frozenset[str]
+
+    def match_weakly(self, opaque: str) -> bool:
+        """Compare as If-None-Match does: `W/"1"` and `"1"` are the same."""
+        return self.any or opaque in self.strong or opaque in self.weak
+
+    def versions(self, *, weakly: bool) -> Tags:
+        """Keep the tags that can be a step's version; others match nothing."""
+        opaque = self.strong | self.weak if weakly else self.strong
+        numbers = frozenset(int(tag) for tag in opaque if _VERSION.fullmatch(tag))
+        return Tags(any_version=self.any, versions=numbers)
+
+
+def parse_entity_tags(name: str, lines: list[str]) -> EntityTags | None:
+    """Read If-Match or If-None-Match; None when it was not sent. Raises `InvalidHeaderError`."""
+    if not lines:
+        return None
+    value = ", ".join(lines).strip(" \t")
+    if value == "*":
+        return EntityTags(any=True, strong=frozenset(), weak=frozenset())
+    if not _TAG_LIST.fullmatch(value):
+        raise InvalidHeaderError(f'{name} is *, or tags in double quotes such as "3" or "3", "4"')
+    found = _TAG.findall(value)
+    return EntityTags(
+        any=False,
+        strong=frozenset(opaque for weak, opaque in found if not weak),
+        weak=frozenset(opaque for weak, opaque in found if weak),
+    )
+
+
+def parse_idempotency_key(lines: list[str]) -> str | None:
+    """Read an Idempotency-Key: a structured-field string, or the same bare; None when not sent.
+
+    Raises `InvalidIdempotencyKeyError`. (draft-ietf-httpapi-idempotency-key-header-07, RFC 8941.)
+    """
+    if not lines:
+        return None
+    if len(lines) == 1:
+        value = lines[0].strip(" \t")
+        if _BARE_KEY.fullmatch(value):
+            return value
+        if _QUOTED_KEY.fullmatch(value):
+            return re.sub(r"\\(.)", r"\1", value[1:-1])
+    raise InvalidIdempotencyKeyError(
+        "An Idempotency-Key is one string of 1 to 255 visible ASCII characters in double quotes,"
+        " or A-Z a-z 0-9 . _ ~ - without them"
+    )
+
+
+def check_media_type(
+    content_type: str | None, content_encoding: str | None, *, patch: bool
+) -> None:
+    """Raise `UnsupportedMediaTypeError` unless a body is JSON in UTF-8, not compressed."""
+    accepted = _PATCH_TYPES if patch else _JSON_TYPES
+    wanted = " or ".join(sorted(accepted))
+    if content_encoding is not None and content_encoding.strip().lower() != "identity":
+        raise UnsupportedMediaTypeError("Send the body without Content-Encoding")
+    if content_type is None:
+        raise UnsupportedMediaTypeError(f"Send a body with Content-Type: {wanted}")
+    media_type, *parameters = content_type.split(";")
+    if media_type.strip().lower() not in accepted:
+        raise UnsupportedMediaTypeError(f"The body must be {wanted}")
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "charset" and value.strip(' \t"').lower() != "utf-8":
+            raise UnsupportedMediaTypeError("The charset must be utf-8")
+
+
+def is_request_id(value: str) -> bool:
+    """Say whether a caller's X-Request-ID can be taken over."""
+    return _REQUEST_ID.fullmatch(value) is not None
+
+
+_JSON_TYPES = frozenset({"application/json"})
+_PATCH_TYPES = _JSON_TYPES | {"application/merge-patch+json"}
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VERSION = re.compile(r"[1-9][0-9]{0,14}")
+_BARE_KEY = re.compile(r"[A-Za-z0-9._~-]{1,255}")
+_QUOTED_KEY = re.compile(r'"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\]){1,255}"')
+
+_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+# Empty elements are allowed in a list (RFC 9110 section 5.6.1.2). Possessive groups are not needed:
+# every part begins with a character of its own, so there is nothing to backtrack into.
+_TAG_LIST = re.compile(rf"(?:,[ \t]*)*{_TAG.pattern}(?:[ \t]*,(?:[ \t]*{_TAG.pattern})?)*")

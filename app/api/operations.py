@@ -1,0 +1,63 @@
+"""The table of operations: one entry routes, checks and documents a call."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from app.api.calls import Call
+
+Handler: TypeAlias = Callable[[Call], Awaitable[Response]]
+
+Schema: TypeAlias = type | dict[str, Any]
+"""How a document is described: a TypedDict or model, or JSON Schema itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """A JSON body that an operation takes.
+
+    `limit` names the largest size that the settings allow. `patch` admits the media type of a
+    merge patch too.
+    """
+
+    schema: type[BaseModel] | dict[str, Any]
+    limit: Literal["step", "other"] = "other"
+    required: bool = True
+    patch: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What an operation answers when it succeeds."""
+
+    status: int = 200
+    description: str
+    schema: Schema | None = None
+    media_type: str = "application/json"
+    headers: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One call: its path, what it takes, what it does, how it can end.
+
+    `{id}` in the path is a session, `{n}` a step; both are checked before the handler runs, and
+    their errors need not be listed in `errors`. `query` describes further parameters by name.
+    """
+
+    methods: Sequence[str]
+    path: str
+    handler: Handler
+    name: str
+    summary: str
+    tag: str
+    answers: Sequence[Answer]
+    errors: Sequence[str] = ()
+    body: Body | None = None
+    query: Sequence[tuple[str, dict[str, Any], str]] = ()
+    preconditions: Sequence[Literal["If-Match", "If-None-Match"]] = ()
+    idempotency_key: bool = False
+    quiet: bool = False

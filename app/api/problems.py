@@ -1,0 +1,169 @@
+"""Errors as answers: problem+json for everything (RFC 9457)."""
+
+import traceback
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+import orjson
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.context import get_context
+from app.errors import (
+    CorruptRecordError,
+    DeadlineExceededError,
+    OnboardingError,
+    RequestError,
+    StepsMissingError,
+    VersionConflictError,
+)
+
+log = structlog.get_logger()
+
+MEDIA_TYPE = "application/problem+json"
+
+CLIENT_CLOSED = 499
+"""Status in the log for a request whose client went away; nothing is sent. From nginx."""
+
+
+class Kind(NamedTuple):
+    """What a code means in HTTP; `retry_after_s` where asking again makes sense."""
+
+    status: int
+    title: str
+    retry_after_s: int | None = None
+
+
+KINDS: dict[str, Kind] = {
+    "malformed_json": Kind(400, "The body is not JSON"),
+    "invalid_header": Kind(400, "A header cannot be read"),
+    "invalid_idempotency_key": Kind(400, "The Idempotency-Key cannot be read"),
+    "not_found": Kind(404, "There is nothing here"),
+    "session_not_found": Kind(404, "No such session"),
+    "step_not_found": Kind(404, "The step is not saved"),
+    "draft_not_found": Kind(404, "The step has no draft"),
+    "export_not_found": Kind(404, "The session has no export"),
+    "method_not_allowed": Kind(405, "The method is not allowed here"),
+    "session_finalized": Kind(409, "The session is finalized"),
+    "nothing_to_finalize": Kind(409, "There is nothing to finalize"),
+    "steps_missing": Kind(409, "Required steps are missing"),
+    "not_finalized": Kind(409, "The session is not finalized"),
+    "generation_running": Kind(409, "A generator is working"),
+    "idempotency_in_progress": Kind(409, "The first request is still running"),
+    "session_conflict": Kind(409, "The session kept changing"),
+    "version_conflict": Kind(412, "The precondition does not hold"),
+    "payload_too_large": Kind(413, "The body is too large"),
+    "unsupported_media_type": Kind(415, "The media type is not supported"),
+    "invalid_request": Kind(422, "The request is not acceptable"),
+    "invalid_step_id": Kind(422, "No such step number"),
+    "invalid_step_data": Kind(422, "The answers are not acceptable"),
+    "idempotency_mismatch": Kind(422, "The Idempotency-Key was used otherwise"),
+    "internal_error": Kind(500, "Something went wrong here"),
+    "corrupt_record": Kind(500, "A record cannot be read"),
+    "store_unavailable": Kind(503, "The store does not answer", retry_after_s=2),
+    "store_full": Kind(503, "The store is full", retry_after_s=30),
+    "store_readonly": Kind(503, "The store takes no writes", retry_after_s=10),
+    "overloaded": Kind(503, "Too many requests at once", retry_after_s=1),
+    "deadline_exceeded": Kind(504, "The request took too long"),
+}
+"""Every code, with what it means in HTTP."""
+
+
+def problem(
+    scope: Scope,
+    code: str,
+    detail: str,
+    *,
+    headers: dict[str, str] | None = None,
+    **members: Any,
+) -> Response:
+    """Make the answer for a code, with further `members` beside the standard ones."""
+    kind = KINDS[code]
+    context = get_context()
+    body = {
+        "type": f"urn:onboarding:problem:{code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": detail,
+        "instance": _path(scope),
+        "code": code,
+        "request_id": None if context is None else context.request_id,
+        **members,
+    }
+    headers = {"cache-control": "no-store", **(headers or {})}
+    if kind.retry_after_s is not None:
+        headers["retry-after"] = str(kind.retry_after_s)
+    return Response(orjson.dumps(body), kind.status, headers, MEDIA_TYPE)
+
+
+def describe(scope: Scope, error: OnboardingError) -> Response:
+    """Make the answer for an error of ours."""
+    members: dict[str, Any] = {}
+    if isinstance(error, RequestError) and error.faults:
+        members["errors"] = error.faults
+    if isinstance(error, VersionConflictError):
+        members["current_version"] = error.current_version
+    if isinstance(error, StepsMissingError):
+        members["missing"] = error.missing
+    return problem(scope, error.code, error.detail, **members)
+
+
+async def describe_http_exception(request: Request, error: Exception) -> Response:
+    """Make the answer for what the router says: no such path, no such method."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        allow = (getattr(error, "headers", None) or {}).get("Allow", "")
+        detail = f"Allowed here: {allow}"
+        return problem(request.scope, "method_not_allowed", detail, headers={"allow": allow})
+    return problem(request.scope, "not_found", "No such path; /docs lists those that there are")
+
+
+class ProblemMiddleware:
+    """Turns errors into answers, and gives up on a request that takes too long."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = False
+
+        async def watch(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except OnboardingError as error:
+            response = describe(scope, error)
+            if isinstance(error, CorruptRecordError | DeadlineExceededError):
+                log.warning("request_failed", code=error.code)
+        except Exception as error:  # noqa: BLE001 - the last resort, so that nobody sees a stack
+            log.error("request_crashed", exception=type(error).__name__, at=_frames(error))
+            detail = "Something went wrong here; the operators find it by the request_id"
+            response = problem(scope, "internal_error", detail)
+        else:
+            return
+        if begun:
+            raise RuntimeError("an answer that had begun could not be finished")
+        await response(scope, receive, send)
+
+
+def _path(scope: Scope) -> str:
+    # As it was sent, so that it is a URI reference; ASCII by the protocol.
+    return (scope.get("raw_path") or b"/").decode("ascii", "replace").partition("?")[0]
+
+
+def _frames(error: BaseException) -> list[str]:
+    # Where, not what: messages and values may hold answers.
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    return [
+        f"{frame.name} ({frame.filename.rpartition('/')[2]}:{frame.lineno})" for frame in frames
+    ]

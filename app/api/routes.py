@@ -1,0 +1,76 @@
+"""Every operation of the service, and the routes that lead to them."""
+
+from collections import defaultdict
+from functools import cache
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app.api import catalogue, exports, health, progress, sessions, steps
+from app.api.calls import Call, Resource
+from app.api.documentation import render_documentation
+from app.api.openapi import OPENAPI_PATH, describe_operations
+from app.api.operations import Answer, Operation
+
+
+async def get_openapi(_: Call) -> Response:
+    """Describe the interface to programs."""
+    return Response(_openapi(), media_type="application/json")
+
+
+async def get_documentation(_: Call) -> Response:
+    """Describe the interface to people."""
+    # The page is one file that loads nothing and runs nothing.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return Response(
+        _documentation(), headers={"content-security-policy": policy}, media_type="text/html"
+    )
+
+
+OPERATIONS: list[Operation] = [
+    # The router asks from the top: what is asked most comes first, and the fixed paths under
+    # /api/v1/onboarding before the one that is a session's id.
+    *steps.OPERATIONS,
+    *progress.OPERATIONS,
+    *exports.OPERATIONS,
+    *catalogue.OPERATIONS,
+    *sessions.OPERATIONS,
+    *health.OPERATIONS,
+    Operation(
+        methods=["GET"],
+        path=OPENAPI_PATH,
+        handler=get_openapi,
+        name="get_openapi",
+        summary="Describe the interface to programs",
+        tag="Documentation",
+        answers=[Answer(description="OpenAPI 3.1", schema={"type": "object"})],
+    ),
+    Operation(
+        methods=["GET"],
+        path="/docs",
+        handler=get_documentation,
+        name="get_documentation",
+        summary="Describe the interface to people",
+        tag="Documentation",
+        answers=[Answer(description="A page", schema={"type": "string"}, media_type="text/html")],
+    ),
+]
+
+
+def build_routes() -> list[Route]:
+    """Make one route for each path, which answers every method that the path has."""
+    by_path: dict[str, dict[str, Operation]] = defaultdict(dict)
+    for operation in OPERATIONS:
+        for method in operation.methods:
+            by_path[operation.path][method] = operation
+    return [Route(path, Resource(path, operations)) for path, operations in by_path.items()]
+
+
+@cache
+def _openapi() -> bytes:
+    return describe_operations(OPERATIONS)
+
+
+@cache
+def _documentation() -> bytes:
+    return render_documentation(_openapi())

@@ -1,0 +1,115 @@
+"""Sessions over HTTP: made, looked at, reopened, deleted."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+from starlette.responses import Response
+
+from app.api.calls import Call
+from app.api.operations import Answer, Body, Operation
+from app.errors import InvalidRequestError
+from app.onboarding.sessions import MAX_OWNER_LENGTH, Owner, SessionView, check_owner
+from app.services.manager import DeletedSession
+
+_OWNER = StringConstraints(min_length=1, max_length=MAX_OWNER_LENGTH)
+_QUERY = ("workspace_id", "user_id", "language")
+
+
+class CreateSession(BaseModel):
+    """What a session is made with."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    workspace_id: Annotated[str, _OWNER]
+    user_id: Annotated[str, _OWNER] | None = None
+    language: str = "en"
+    metadata: dict[str, Any] | None = None
+
+
+async def create_session(call: Call) -> Response:
+    """Make a session; what the body lacks is taken from the query."""
+    query = {name: value for name, value in call.query.items() if name in _QUERY}
+    wanted = call.parse(CreateSession, query)
+    check_owner(wanted.workspace_id, wanted.user_id, wanted.language, workspace_required=True)
+    custom = b"{}"
+    if wanted.metadata is not None and call.body is not None:
+        custom = call.body.part("metadata", InvalidRequestError).text
+    owner = Owner(wanted.workspace_id, wanted.user_id, wanted.language, custom)
+    view = await call.manager.begin_session(owner, request=call.idempotent)
+    location = f"/api/v1/onboarding/{view['session_id']}"
+    return call.answer(view, 201, {"location": location})
+
+
+async def get_session(call: Call) -> Response:
+    """Show a session."""
+    return call.answer(await call.manager.get_session(call.session_id))
+
+
+async def reopen_session(call: Call) -> Response:
+    """Unlock the steps of a finalized session."""
+    return call.answer(await call.manager.reopen(call.session_id, request=call.idempotent))
+
+
+async def delete_session(call: Call) -> Response:
+    """Remove a session with all its answers."""
+    return call.answer(await call.manager.delete_session(call.session_id))
+
+
+OPERATIONS = [
+    Operation(
+        methods=["POST"],
+        path="/api/v1/onboarding/session",
+        handler=create_session,
+        name="create_session",
+        summary="Begin a session",
+        tag="Sessions",
+        body=Body(schema=CreateSession, required=False),
+        query=[
+            ("workspace_id", {"type": "string"}, "Taken when the body has none"),
+            ("user_id", {"type": "string"}, "Taken when the body has none"),
+            ("language", {"type": "string"}, "Taken when the body has none"),
+        ],
+        idempotency_key=True,
+        answers=[
+            Answer(
+                status=201,
+                description="The session",
+                schema=SessionView,
+                headers=["Location", "Idempotent-Replayed"],
+            )
+        ],
+        errors=["invalid_request"],
+    ),
+    Operation(
+        methods=["GET"],
+        path="/api/v1/onboarding/{id}",
+        handler=get_session,
+        name="get_session",
+        summary="Show a session",
+        tag="Sessions",
+        answers=[Answer(description="The session", schema=SessionView)],
+        errors=["corrupt_record"],
+    ),
+    Operation(
+        methods=["DELETE"],
+        path="/api/v1/onboarding/{id}",
+        handler=delete_session,
+        name="delete_session",
+        summary="Delete a session with all its answers",
+        tag="Sessions",
+        answers=[Answer(description="It is gone", schema=DeletedSession)],
+    ),
+    Operation(
+        methods=["POST"],
+        path="/api/v1/onboarding/{id}/reopen",
+        handler=reopen_session,
+        name="reopen_session",
+        summary="Unlock the steps of a finalized session; its export stays readable",
+        tag="Finalize",
+        idempotency_key=True,
+        answers=[
+            Answer(description="The session", schema=SessionView, headers=["Idempotent-Replayed"])
+        ],
+        errors=["not_finalized", "generation_running", "corrupt_record"],
+    ),
+]

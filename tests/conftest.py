@@ -1,0 +1,120 @@
+"""What every test may ask for: a store (real and fake), a manager on it, a service on it."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakeredis import FakeAsyncRedis, FakeServer
+from httpx2 import AsyncClient
+from redis.asyncio import Redis
+
+from app.services.manager import OnboardingSessionManager, make_manager
+from app.settings import Settings, load_settings, variable_of
+from app.store.connect import connect
+from app.store.gateway import Gateway, RetryPolicy
+from app.store.keys import Keys
+from tests.servers import Valkey
+from tests.service import BASE, serving
+
+QUICKLY = {"retry_base_s": 0.01, "retry_jitter_s": 0.0}
+"""Settings that no test waits a backoff for."""
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the environment of whoever runs the tests out of them."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(variable_of(name), raising=False)
+    monkeypatch.delenv("SESSION_TTL", raising=False)
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """Run a real Valkey for the whole session."""
+    with Valkey.start(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+async def raw(valkey: Valkey) -> AsyncIterator[Redis]:
+    """Give an empty real store, and afterwards fail the test that left a key without a lifetime."""
+    client = Redis(host=valkey.host, port=valkey.port)
+    await client.flushdb()
+    yield client
+    immortal = [key async for key in client.scan_iter() if await client.pttl(key) == -1]
+    await client.aclose()
+    assert [key for key in immortal if not key.startswith(b"onboarding:index:")] == []
+
+
+@pytest.fixture
+def settings(raw: Redis, valkey: Valkey) -> Settings:
+    """Give settings for the empty real store."""
+    return load_settings(redis_url=valkey.url, **QUICKLY)
+
+
+@pytest.fixture
+async def api(settings: Settings) -> AsyncIterator[AsyncClient]:
+    """Run the service on the empty real store and give a client for it."""
+    async with serving(settings) as client:
+        yield client
+
+
+@pytest.fixture
+async def serve(settings: Settings) -> AsyncIterator[Callable[..., Any]]:
+    """Give a function that runs the service with other settings: `await serve(session_ttl_s=2)`."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**overrides: Any) -> AsyncClient:
+            changed = load_settings(**{**settings.model_dump(), **overrides})
+            return await stack.enter_async_context(serving(changed))
+
+        yield start
+
+
+@pytest.fixture
+async def session_id(api: AsyncClient) -> str:
+    """Begin a session over HTTP and give its id."""
+    response = await api.post(f"{BASE}/session", json={"workspace_id": "w1"})
+    assert response.status_code == 201
+    return str(response.json()["session_id"])
+
+
+def fake_gateway(server: FakeServer | None = None, **settings: Any) -> Gateway:
+    """Make a gateway to a fake store; `FakeServer.connected = False` is an outage."""
+    server = server or FakeServer()
+    chosen = load_settings(**settings)
+    return Gateway(
+        lambda: FakeAsyncRedis(server=server, legacy_responses=False),
+        keys=Keys(hash_tag=chosen.hash_tag),
+        lifetime_ms=chosen.session_ttl_s * 1000,
+        mode="standalone",
+        policy=RetryPolicy(base_s=0.01, jitter_s=0.0),
+    )
+
+
+@pytest.fixture(params=["fakeredis", "valkey"])
+async def gateway(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Gateway]:
+    """Give a gateway, to the fake store and to the real one in turn."""
+    gateway = fake_gateway() if request.param == "fakeredis" else connect(settings)
+    yield gateway
+    await gateway.aclose()
+
+
+@pytest.fixture
+def manager(gateway: Gateway) -> OnboardingSessionManager:
+    """Give a manager, on the fake store and on the real one in turn."""
+    return make_manager(gateway, load_settings())
+
+
+@pytest.fixture
+def steps_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Give a function that writes a catalogue file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "steps.json"
+        path.write_text(text)
+        return path
+
+    return write
