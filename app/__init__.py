@@ -1,3 +1,27 @@
-"""Onboarding Sessions."""
+"""Onboarding Sessions: answers in, generation out.
+
+A person fills the steps of a wizard; the service keeps them safe and says how far they are;
+finalize freezes them into an export; a generator turns the export into a document.
+
+    request -> api -> services -> store -> Redis      imports point one way:
+                |        |          |                 api -> services -> store -> onboarding
+                '--------+----------'--> onboarding   everyone may use: errors, clock, context
+
+    onboarding/   the rules: what a session is, what may happen to it, what it looks like. Pure
+    store/        every key, every Lua script, every retry, the embedded server
+    services/     the use cases: check with the rules, call the store, log, return
+    api/          HTTP: one table of operations routes, checks and documents every call
+
+    settings      the environment, read once          address   where the store is, from a URL
+    errors        everything that can go wrong        clock     the only place that asks the time
+    context       the world of one request            logs      one event a line
+    wiring        which object gets which other       main      the ASGI application
+    __main__      the process: store first up, last down
+
+A feature has the same file name in every ring it lives in: `ls app/*/steps.*` is the whole feature.
+Two things sit where the first plan had them elsewhere: the JSON that is kept exactly is a rule of
+its own (`onboarding/documents`), because HTTP and Python callers must be held to the same one; and
+`address` stands beside `settings`, because a bad URL is a bad setting, found before Redis is.
+"""
 
 __version__ = "0.1.0"

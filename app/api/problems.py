@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import orjson
 import structlog
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -141,6 +141,9 @@ class ProblemMiddleware:
 
         try:
             await self.app(scope, receive, watch)
+        except ClientDisconnect:
+            # Nobody is left to answer; the log line says 499.
+            raise
         except OnboardingError as error:
             response = describe(scope, error)
             if isinstance(error, CorruptRecordError | DeadlineExceededError):

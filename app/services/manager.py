@@ -191,8 +191,8 @@ class OnboardingSessionManager:
         user_id: str | None,
         workspace_id: str | None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Say who a session belongs to; one that is not there yet is made with this id.
+    ) -> str:
+        """Say who a session belongs to, making it if it is not there, and return its id.
 
         `metadata`, a JSON object to attach, stays as it is when None. Raises `InvalidRequestError`.
         """
@@ -204,16 +204,17 @@ class OnboardingSessionManager:
             fields["custom"] = custom
         for _ in range(TRIES):
             try:
-                return await self._sessions.set_metadata(session_id, fields, at_ms=now_ms())
+                await self._sessions.set_metadata(session_id, fields, at_ms=now_ms())
             except SessionNotFoundError:
                 await self._catalogues.keep_current()
                 owner = Owner(workspace_id, user_id, "en", custom)
                 made = await self._sessions.create(
                     session_id, owner, self.catalogue, at_ms=now_ms()
                 )
-                if made is not None:
-                    log.info("session_created", session_id=session_id)
-                    return None
+                if made is None:
+                    continue
+                log.info("session_created", session_id=session_id)
+            return session_id
         raise SessionConflictError
 
     async def delete_session(self, session_id: str) -> DeletedSession:

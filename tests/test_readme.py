@@ -1,0 +1,82 @@
+"""The README is tried: its walk through is run, its tables are compared with the code."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+from httpx2 import AsyncClient
+
+from app.api.routes import OPERATIONS
+from app.settings import Settings, load_settings, variable_of
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+ENV_EXAMPLE = (ROOT / "deploy" / "env.example").read_text()
+BASE = "/api/v1/onboarding"
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def commands(title: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", section(title), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient) -> None:
+    lines = commands("Walk through")
+    script = "\n".join(f"{line}\necho; echo --------" for line in lines)
+    script = script.replace("http://127.0.0.1:8000", str(api.base_url).rstrip("/"))
+    shell = await asyncio.create_subprocess_exec(
+        "bash", "-eu", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await shell.communicate(script.encode())
+    answers = output.decode().split("--------\n")[:-1]
+
+    assert shell.returncode == 0
+    assert len(answers) == len(lines) == 14
+    assert "urn:onboarding:problem" not in output.decode()
+    assert '"version":2' in answers[6]
+    assert '"is_draft":true' in answers[7]
+    assert '"completed_steps":4' in answers[9]
+    assert '"complete":false' in answers[11]
+    assert '"revision":1' in answers[12]
+    assert '"success":true' in answers[13]
+
+
+def test_every_operation_stands_in_the_table_of_calls() -> None:
+    table = section("Calls")
+    documented = set()
+    for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
+        methods = re.findall(r"\b(GET|POST|PUT|PATCH|DELETE)\b", row)
+        path = re.findall(r"(/\S*)`", row)[-1]
+        documented |= {(method, BASE + path) for method in methods}
+    beside = re.findall(r"`GET (/\S+)`", table.split("Outside the base")[1].split("\n\n")[0])
+    documented |= {("GET", path) for path in beside}
+
+    assert documented == {(m, each.path) for each in OPERATIONS for m in each.methods}
+
+
+@pytest.mark.parametrize("text", [section("Settings"), ENV_EXAMPLE], ids=["README", "env.example"])
+def test_every_setting_is_documented_and_nothing_else(text: str) -> None:
+    words = set(re.findall(r"\b[A-Z][A-Z_]+[A-Z]\b", text))
+    known = {variable_of(name) for name in Settings.model_fields}
+
+    assert known - words == set()
+    assert {word for word in words if word.startswith("ONBOARDING_")} - known == set()
+
+
+def test_every_value_in_the_example_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = load_settings()
+    for name, value in re.findall(r"^#([A-Z_]+)=(.*)$", ENV_EXAMPLE, re.MULTILINE):
+        if name != "REDIS_URL":
+            monkeypatch.setenv(name, value)
+
+    assert load_settings() == defaults
+
+
+def test_every_file_that_the_readme_links_is_there() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists()
