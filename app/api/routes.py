@@ -7,7 +7,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app.api import catalogue, exports, health, progress, sessions, steps
-from app.api.calls import Call, Resource
+from app.api.calls import Call
+from app.api.dispatch import Resource
 from app.api.documentation import render_documentation
 from app.api.openapi import OPENAPI_PATH, describe_operations
 from app.api.operations import Answer, Operation

@@ -8,8 +8,13 @@ from starlette.responses import Response
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
 from app.errors import InvalidRequestError
-from app.onboarding.sessions import MAX_OWNER_LENGTH, Owner, SessionView, check_owner
-from app.services.manager import DeletedSession
+from app.onboarding.sessions import (
+    MAX_OWNER_LENGTH,
+    DeletedSession,
+    Owner,
+    SessionView,
+    check_owner,
+)
 
 _OWNER = StringConstraints(min_length=1, max_length=MAX_OWNER_LENGTH)
 _QUERY = ("workspace_id", "user_id", "language")

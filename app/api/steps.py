@@ -10,8 +10,7 @@ from app.api.operations import Answer, Body, Operation
 from app.errors import DraftNotFoundError, InvalidStepDataError, StepNotFoundError
 from app.onboarding.catalogue import parse_step_id
 from app.onboarding.documents import Document
-from app.onboarding.steps import StepView
-from app.services.manager import DeletedDraft, DeletedStep, SavedStep, SavedSteps
+from app.onboarding.steps import DeletedDraft, DeletedStep, SavedStep, SavedSteps, StepView
 
 _BASE = "/api/v1/onboarding/{id}"
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NotRequired
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -97,6 +97,15 @@ class SummaryView(TypedDict):
     metadata: SummaryMetadata
     stats: SummaryStats
     steps: list[StepSummary]
+
+
+class DeletedSession(TypedDict):
+    """What deleting a session came to."""
+
+    success: Literal[True]
+    session_id: str
+    message: str
+    deleted_at: str
 
 
 @dataclass(frozen=True, slots=True)

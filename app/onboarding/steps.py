@@ -1,11 +1,12 @@
 """Saved steps and drafts, and the preconditions under which a step may change."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from app.onboarding.documents import Document
+from app.onboarding.progress import Progress
 
 
 class StepView(TypedDict):
@@ -17,6 +18,50 @@ class StepView(TypedDict):
     version: int | None
     saved_at: str
     is_draft: bool
+
+
+class SavedStep(TypedDict):
+    """What saving a step came to."""
+
+    success: Literal[True]
+    session_id: str
+    step_id: int
+    version: int
+    progress: Progress
+    updated_at: str
+
+
+class StepVersion(TypedDict):
+    """One of several saved steps."""
+
+    step_id: int
+    version: int
+
+
+class SavedSteps(TypedDict):
+    """What saving several steps came to."""
+
+    success: Literal[True]
+    session_id: str
+    saved: list[StepVersion]
+    progress: Progress
+
+
+class DeletedStep(TypedDict):
+    """What deleting a step came to."""
+
+    success: Literal[True]
+    session_id: str
+    step_id: int
+    progress: Progress
+
+
+class DeletedDraft(TypedDict):
+    """What dropping a draft came to."""
+
+    success: Literal[True]
+    session_id: str
+    step_id: int
 
 
 class Step(Document):
@@ -95,6 +140,3 @@ class StepMap(dict[int, Step]):
     def __init__(self, steps: dict[int, Step], missing: list[int]) -> None:
         super().__init__(steps)
         self.missing = missing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (dict(self), self.missing))

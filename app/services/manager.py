@@ -8,7 +8,6 @@ from functools import cache, partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import structlog
-from typing_extensions import TypedDict
 
 from app.clock import now_ms, rfc3339
 from app.errors import (
@@ -28,6 +27,7 @@ from app.onboarding.exports import Export, FinalizeAnswer, build_export
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.progress import Progress
 from app.onboarding.sessions import (
+    DeletedSession,
     Owner,
     ProgressView,
     Session,
@@ -39,7 +39,18 @@ from app.onboarding.sessions import (
     view_session,
     view_summary,
 )
-from app.onboarding.steps import NO_PRECONDITION, Precondition, Step, StepMap, Tags
+from app.onboarding.steps import (
+    NO_PRECONDITION,
+    DeletedDraft,
+    DeletedStep,
+    Precondition,
+    SavedStep,
+    SavedSteps,
+    Step,
+    StepMap,
+    StepVersion,
+    Tags,
+)
 from app.settings import Settings, load_settings
 from app.store.catalogue import CatalogueStore
 from app.store.connect import connect, make_probe
@@ -55,59 +66,6 @@ T = TypeVar("T")
 
 TRIES = 8
 """How often a change that must read first is tried again when others change the session."""
-
-
-class SavedStep(TypedDict):
-    """What saving a step came to."""
-
-    success: Literal[True]
-    session_id: str
-    step_id: int
-    version: int
-    progress: Progress
-    updated_at: str
-
-
-class StepVersion(TypedDict):
-    """One of several saved steps."""
-
-    step_id: int
-    version: int
-
-
-class SavedSteps(TypedDict):
-    """What saving several steps came to."""
-
-    success: Literal[True]
-    session_id: str
-    saved: list[StepVersion]
-    progress: Progress
-
-
-class DeletedStep(TypedDict):
-    """What deleting a step came to."""
-
-    success: Literal[True]
-    session_id: str
-    step_id: int
-    progress: Progress
-
-
-class DeletedDraft(TypedDict):
-    """What dropping a draft came to."""
-
-    success: Literal[True]
-    session_id: str
-    step_id: int
-
-
-class DeletedSession(TypedDict):
-    """What deleting a session came to."""
-
-    success: Literal[True]
-    session_id: str
-    message: str
-    deleted_at: str
 
 
 class Rules(NamedTuple):
