@@ -14,8 +14,15 @@ from app.store.health import STEP_S, Probe
 from app.store.keys import Keys
 
 CONNECTIONS = 50
-"""Most connections of one process to the store (of a Cluster: to each node). A call takes well
-under a millisecond of one, so more would only queue in the store instead of here."""
+"""Most connections of one process to the store. A call takes well under a millisecond of one, so
+more would only queue in the store instead of here: the 51st call waits for a free one."""
+
+CLUSTER_CONNECTIONS = 512
+"""The same for each node of a Cluster, whose client cannot wait: more than are ever in flight."""
+
+SEND_LIMIT = 1.5
+"""Longest sending, in time limits of one command: four of them and the waits between, 14.5 s by
+default, stay below the deadline of a request."""
 
 
 def connect(settings: Settings) -> Gateway:
@@ -24,12 +31,15 @@ def connect(settings: Settings) -> Gateway:
     Without a configured one, attaches to the embedded store of the data directory and starts it if
     none runs there. Raises `EmbeddedStoreError`.
     """
+    mode = store_mode(settings)
+    connections = CLUSTER_CONNECTIONS if mode == "cluster" else CONNECTIONS
     return Gateway(
-        _client_maker(settings, settings.redis_timeout_s, CONNECTIONS, "onboarding"),
+        _client_maker(settings, settings.redis_timeout_s, connections, "onboarding"),
         keys=Keys(hash_tag=settings.hash_tag),
         lifetime_ms=settings.session_ttl_s * 1000,
-        mode=store_mode(settings),
+        mode=mode,
         policy=RetryPolicy(
+            send_s=SEND_LIMIT * settings.redis_timeout_s,
             attempts=settings.retry_attempts,
             base_s=settings.retry_base_s,
             jitter_s=settings.retry_jitter_s,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import structlog
 from redis import exceptions as redis_errors
@@ -45,6 +45,9 @@ class Fault(NamedTuple):
 
 def judge(failure: Exception) -> Fault | None:
     """Judge an exception of the client; None for one that the store has nothing to do with."""
+    if isinstance(failure, redis_errors.RedisClusterException) and _is_refusal(failure.__cause__):
+        # A Cluster client that no node lets in says only that it reached none.
+        failure = failure.__cause__
     for kinds, text, fault in _TABLE:
         if isinstance(failure, kinds) and text in str(failure):
             return fault
@@ -58,6 +61,10 @@ def corrupt(key: str, part: str = "the session") -> CorruptRecordError:
     """
     log.error("record_corrupt", key=key)
     return CorruptRecordError(key, part)
+
+
+def _is_refusal(failure: BaseException | None) -> TypeGuard[Exception]:
+    return isinstance(failure, redis_errors.AuthenticationError | redis_errors.AuthorizationError)
 
 
 def _transient(kind: str) -> Fault:
@@ -85,8 +92,12 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     ),
     (redis_errors.BusyLoadingError, "", _transient("loading")),
     (redis_errors.ReadOnlyError, "", _transient("readonly")),
+    # A key that lacks its hash tag: ours to mend, not to send again.
+    (redis_errors.RedisClusterException, "key slot", _permanent("cross_slot")),
     (redis_errors.ClusterDownError, "", _transient("cluster_down")),
     (redis_errors.TryAgainError, "", _transient("try_again")),
+    # "TTL exhausted.": sent on from node to node too often, and carried out by none.
+    (redis_errors.ClusterError, "", _transient("cluster_moving")),
     (redis_errors.SlotNotCoveredError, "", _transient("cluster_down")),
     (redis_errors.RedisClusterException, "", _transient("cluster_unreachable")),
     (redis_errors.OutOfMemoryError, "", _permanent("out_of_memory", StoreFullError)),

@@ -47,7 +47,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and when a call that failed is sent again.
+    """How long a call may take, how often and when one that failed is sent again.
+
+    `send_s` limits one sending, whatever the client does meanwhile (a Cluster client looks for its
+    nodes one after the other, and lets every caller queue for that).
 
     `attempts` counts the first sending. The wait before the n-th repeat is `base_s` * 2^(n-1) plus
     a random part of up to `jitter_s`: full jitter would give up within a two-second outage in 15 %
@@ -55,6 +58,7 @@ class RetryPolicy:
     has no deadline of its own. All in seconds.
     """
 
+    send_s: float = 1.5
     attempts: int = 4
     base_s: float = 1.0
     jitter_s: float = 0.5
@@ -251,7 +255,8 @@ class Gateway:
                 other: c for other, c in self._clients.items() if not other.is_closed()
             }
             client = self._clients[loop] = self._make_client()
-        return await client.execute_command(*parts)
+        async with asyncio.timeout(self._policy.send_s):
+            return await client.execute_command(*parts)
 
 
 def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:

@@ -1,0 +1,187 @@
+"""Make the redis-py client for an address, with everything switched off that acts by itself.
+
+redis-py retries in three places of its own: a connection, the clients that ask the sentinels, a
+Cluster client. Here none of them does: a command whose reply was lost may have been carried out,
+so only the gateway sends one again, which knows what is safe. What stays are a Cluster's MOVED,
+ASK and TRYAGAIN, where the node that answers so has refused the command.
+"""
+
+from copy import copy
+from typing import Any, cast
+
+from redis.asyncio import (
+    BlockingConnectionPool,
+    Connection,
+    Redis,
+    RedisCluster,
+    Sentinel,
+    SentinelConnectionPool,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from redis.asyncio.cluster import ClusterNode, PipelineCommand
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.cluster import PRIMARY
+from redis.maint_notifications import MaintNotificationsConfig
+
+from app.address import StoreAddress
+
+
+def make_client(
+    address: StoreAddress, *, timeout_s: float, max_connections: int, client_name: str
+) -> Redis | RedisCluster:
+    """Make a client that sends every command once; it connects when it is first used.
+
+    `timeout_s` limits each step: the wait for a free connection, connecting, every reply. One
+    command may need several, since a new connection asks the sentinels in turn and a Cluster
+    client its nodes. `max_connections` is the size of the pool, in a Cluster of each node's.
+    `client_name` is what CLIENT LIST shows. Replies are bytes, in redis-py's unified shapes.
+
+    When no connection becomes free in time, a command raises ConnectionError("No connection
+    available."); a Cluster client cannot wait and raises MaxConnectionsError at once.
+    """
+    common: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "client_name": client_name,
+        "retry": Retry(NoBackoff(), 0),
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+        **_further(address),
+    }
+    data: dict[str, Any] = {
+        "username": address.username,
+        "password": address.password,
+        "legacy_responses": False,
+        **common,
+    }
+    if address.mode == "cluster":
+        return _Cluster(
+            startup_nodes=[ClusterNode(host, port) for host, port in address.nodes],
+            max_connections=max_connections,
+            # By default every fifth MOVED closes all connections, under commands in flight too.
+            reinitialize_steps=0,
+            ssl=address.tls,
+            **data,
+        )
+    data |= {"db": address.db, "max_connections": max_connections, "timeout": timeout_s}
+    if address.mode == "sentinel":
+        return Redis.from_pool(_sentinel_pool(address, common, data, max_connections))
+    if address.unix_socket is not None:
+        data |= {"connection_class": UnixDomainSocketConnection, "path": address.unix_socket}
+    else:
+        host, port = address.nodes[0]
+        kind = SSLConnection if address.tls else Connection
+        data |= {"connection_class": kind, "host": host, "port": port}
+    return Redis.from_pool(BlockingConnectionPool(**data))
+
+
+async def close_client(client: Redis | RedisCluster) -> None:
+    """Close every connection of a client from `make_client`, those in use too."""
+    await client.aclose()
+    if isinstance(client, RedisCluster):
+        # After an error the client counts as not initialized, and its aclose() does nothing.
+        await client.nodes_manager.aclose()
+        await client.nodes_manager.aclose("startup_nodes")
+    elif isinstance(client.connection_pool, SentinelConnectionPool):
+        await client.connection_pool.sentinel_manager.aclose()
+
+
+def _further(address: StoreAddress) -> dict[str, Any]:
+    """Give the URL's options as redis-py's arguments, without those for the sentinels."""
+    further: dict[str, Any] = {
+        name: value for name, value in address.options.items() if not name.startswith("sentinel_")
+    }
+    if "protocol" in further:
+        further["protocol"] = int(further["protocol"])
+    if "ssl_check_hostname" in further:
+        further["ssl_check_hostname"] = further["ssl_check_hostname"] == "true"
+    return further
+
+
+def _sentinel_pool(
+    address: StoreAddress, common: dict[str, Any], data: dict[str, Any], max_connections: int
+) -> SentinelConnectionPool:
+    sentinels = _Sentinels(  # type: ignore[no-untyped-call]
+        address.nodes,
+        sentinel_kwargs={
+            "username": address.options.get("sentinel_username"),
+            "password": address.options.get("sentinel_password"),
+            "ssl": address.tls,
+            # Every connection of the pool may ask at once, after a failover.
+            "max_connections": max_connections,
+            **common,
+        },
+    )
+    return _WaitingSentinelPool(  # type: ignore[no-untyped-call]
+        address.service, sentinels, ssl=address.tls, **data
+    )
+
+
+class _WaitingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+    """The Sentinel pool, waiting `timeout` seconds for a free connection like the blocking one."""
+
+
+class _Sentinels(Sentinel):
+    """Sentinels of which none is lost when several connections ask at once.
+
+    `discover_master` moves the sentinel that answered to the front by two list places it read
+    before it waited: when the first sentinel is down, two callers at once leave the second one
+    twice in the list and the first one nowhere, until the process ends.
+    """
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """Ask the sentinels in turn, as redis-py does, and put the one that knew first."""
+        own = copy(self)
+        own.sentinels = list(self.sentinels)
+        found: tuple[str, int] = await Sentinel.discover_master(own, service_name)
+        self.sentinels.sort(key=lambda each: each is not own.sentinels[0])
+        return found
+
+
+class _Cluster(RedisCluster):
+    """A Cluster client that follows ASK, which a node answers while a slot moves away from it.
+
+    redis-py 8.1 sends ASKING and the command one after the other on whichever connection has been
+    idle longest: with an even number of idle ones they never meet, and all 16 tries fail. To a
+    node that it does not know yet it cannot send at all.
+    """
+
+    def get_node(
+        self, host: str | None = None, port: int | None = None, node_name: str | None = None
+    ) -> ClusterNode | None:
+        """Find a node; one asked for by name, as after ASK, is added when it is not known."""
+        node = super().get_node(host, port, node_name)
+        if node_name is None:
+            return node
+        if node is None:
+            new_host, _, new_port = node_name.rpartition(":")
+            node = ClusterNode(new_host, int(new_port), PRIMARY, **self.connection_kwargs)
+            self.nodes_manager.set_nodes(self.nodes_manager.nodes_cache, {node.name: node})
+        return cast("ClusterNode", _AskedNode(node))
+
+
+class _AskedNode:
+    """A Cluster node that sends ASKING together with the next command, on one connection."""
+
+    def __init__(self, node: ClusterNode) -> None:
+        self._node = node
+        self._asking = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node, name)
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        """Send a command; raises what the node itself would raise."""
+        if args == ("ASKING",):
+            self._asking = True
+            return True
+        if not self._asking:
+            return await self._node.execute_command(*args, **kwargs)
+        self._asking = False
+        kwargs.pop("asking", None)
+        command = PipelineCommand(1, *args, **kwargs)
+        await self._node.execute_pipeline([PipelineCommand(0, "ASKING"), command])
+        if isinstance(command.result, Exception):
+            raise command.result
+        return command.result
