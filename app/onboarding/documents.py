@@ -22,8 +22,27 @@ MAX_DEPTH = 64
 MAX_INTEGER = 2**53 - 1
 """Largest integer that every JSON parser reads exactly (RFC 8259 section 6, RFC 7493)."""
 
-MAX_FAULTS = 20
-"""How many faults one error names; more would only lengthen the answer."""
+MAX_FAULTS = 1000
+"""How many faults one error names at most."""
+
+MAX_POINTER_CHARS = 64 * 1024
+"""How long their pointers may be together: a small body could ask for a large answer otherwise."""
+
+
+class Faults(list[Fault]):
+    """The faults of a document, as many as one error names."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether no more are wanted."""
+        return len(self) >= MAX_FAULTS or self._chars >= MAX_POINTER_CHARS
+
+    _chars = 0
+
+    def append(self, fault: Fault) -> None:
+        """Take one more."""
+        self._chars += len(fault["pointer"])
+        super().append(fault)
 
 
 class Document(Mapping[str, Any]):
@@ -100,7 +119,10 @@ class Document(Mapping[str, Any]):
             raise error(f"The member {name!r} is missing", [fault])
         if not isinstance(self.value[name], dict):
             raise error(f"The member {name!r} must be an object", [_not_an_object(f"/{name}")])
-        return self._part(name)
+        value = self.value[name]
+        if self._spelled_plainly:
+            return Document(orjson.dumps(value), value, spelled_plainly=True)
+        return Document(_member_texts(self.text.decode())[name].encode(), value)
 
     def parts(
         self, at: str, error: type[RequestError] = InvalidRequestError
@@ -108,15 +130,15 @@ class Document(Mapping[str, Any]):
         """Return all members, each an object; `at` points to this document. Raises `error`."""
         wrong = [name for name, value in self.value.items() if not isinstance(value, dict)]
         if wrong:
-            faults = [_not_an_object(f"{at}/{escape_pointer(name)}") for name in wrong[:MAX_FAULTS]]
+            faults = [_not_an_object(f"{at}/{escape_pointer(name)}") for name in wrong[:20]]
             raise error(f"Every member of {at} must be an object", faults)
-        return {name: self._part(name) for name in self.value}
-
-    def _part(self, name: str) -> "Document":
-        value = self.value[name]
         if self._spelled_plainly:
-            return Document(orjson.dumps(value), value, spelled_plainly=True)
-        return Document(_member_texts(self.text.decode())[name].encode(), value)
+            return {
+                name: Document(orjson.dumps(value), value, spelled_plainly=True)
+                for name, value in self.value.items()
+            }
+        texts = _member_texts(self.text.decode())
+        return {name: Document(texts[name].encode(), value) for name, value in self.value.items()}
 
     def __getitem__(self, name: str) -> Any:
         return self.value[name]
@@ -187,16 +209,16 @@ def _parse_strictly(text: bytes, error: type[RequestError]) -> Any:
         place = f"line {bad.lineno}, column {bad.colno}"
         raise MalformedJsonError(f"The body is not JSON at {place}") from None
     except RecursionError:
-        raise error(f"The document nests deeper than {MAX_DEPTH} levels") from None
+        raise _too_deep(error) from None
     _check_tree(tree, error)
     return tree
 
 
 def _check_tree(tree: Any, error: type[RequestError]) -> None:
     """Raise `error` for what parsing marked as unfit, for lone surrogates and for depth."""
-    faults: list[Fault] = []
+    faults = Faults()
     nodes: list[tuple[Any, tuple[str | int, ...]]] = [(tree, ())]
-    while nodes and len(faults) < MAX_FAULTS:
+    while nodes and not faults.enough:
         node, path = nodes.pop()
         if isinstance(node, _Unfit):
             faults.append(Fault(pointer=json_pointer(path), code=node.code, detail=node.detail))
@@ -205,8 +227,7 @@ def _check_tree(tree: Any, error: type[RequestError]) -> None:
                 faults.append(_lone_surrogate(path))
         elif isinstance(node, dict | list):
             if len(path) >= MAX_DEPTH:
-                # The pointer to something this deep would be longer than its use.
-                raise error(f"The document nests deeper than {MAX_DEPTH} levels")
+                raise _too_deep(error)
             if isinstance(node, list):
                 nodes.extend((child, (*path, index)) for index, child in enumerate(node))
             elif all(map(_is_encodable, node)):
@@ -233,6 +254,12 @@ def _is_encodable(characters: str) -> bool:
 def _lone_surrogate(path: Sequence[str | int]) -> Fault:
     detail = "A string holds half of a surrogate pair; send the whole character"
     return Fault(pointer=json_pointer(path), code="lone_surrogate", detail=detail)
+
+
+def _too_deep(error: type[RequestError]) -> RequestError:
+    # The pointer to something this deep would be longer than its use.
+    detail = f"The document nests deeper than {MAX_DEPTH} levels"
+    return error(detail, [Fault(pointer="", code="depth", detail=detail)])
 
 
 def _not_an_object(pointer: str) -> Fault:

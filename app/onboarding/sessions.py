@@ -255,6 +255,8 @@ def is_own_string(text: str, longest: int) -> bool:
 
 def is_language_tag(tag: str) -> bool:
     """Say whether a tag is well-formed (RFC 5646 2.1) and at most 35 long (RFC 5646 4.4.1)."""
+    if tag.lower() in _IRREGULAR_TAGS:
+        return True
     return len(tag) <= _LONGEST_TAG and _LANGUAGE_TAG.fullmatch(tag) is not None
 
 
@@ -284,6 +286,14 @@ _UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-
 _KEY_SAFE = re.compile(r"[A-Za-z0-9._-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
+# Registered before the syntax was as it is (RFC 5646 section 2.1, grandfathered, irregular).
+_IRREGULAR_TAGS = frozenset(
+    {
+        *("en-gb-oed", "i-ami", "i-bnn", "i-default", "i-enochian", "i-hak", "i-klingon", "i-lux"),
+        *("i-mingo", "i-navajo", "i-pwn", "i-tao", "i-tay", "i-tsu"),
+        *("sgn-be-fr", "sgn-be-nl", "sgn-ch-de"),
+    }
+)
 _LONGEST_TAG = 35
 _LANGUAGE_TAG = re.compile(
     r"""

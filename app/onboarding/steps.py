@@ -1,7 +1,7 @@
 """Saved steps and drafts, and the preconditions under which a step may change."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -56,12 +56,16 @@ class DeletedStep(TypedDict):
     progress: Progress
 
 
-class DeletedDraft(TypedDict):
-    """What dropping a draft came to."""
+class DroppedDraft(TypedDict):
+    """What dropping a draft came to: the draft as it was, if it could still be read."""
 
     success: Literal[True]
     session_id: str
     step_id: int
+    data: NotRequired[dict[str, Any]]
+    version: NotRequired[int | None]
+    saved_at: NotRequired[str]
+    is_draft: NotRequired[bool]
 
 
 class Step(Document):
