@@ -1,12 +1,13 @@
 """The catalogues that sessions began with, kept beside them."""
 
 from app.clock import monotonic_s
+from app.errors import CorruptRecordError
 from app.onboarding.catalogue import Catalogue, CatalogueError
 from app.store.faults import corrupt
 from app.store.gateway import Gateway
 
-KEPT_AGAIN_S = 60.0
-"""How often the current catalogue is written again, in case the store was emptied meanwhile."""
+KEPT_AGAIN_S = 5.0
+"""How soon the current catalogue is written again, in case the store was emptied meanwhile."""
 
 
 class CatalogueStore:
@@ -16,8 +17,8 @@ class CatalogueStore:
         self.current = current
         self._gateway = gateway
         self._known = {current.pin: current}
+        self._unreadable: set[str] = set()
         self._kept_at = -KEPT_AGAIN_S
-        self._learnt = False
 
     async def keep_current(self) -> None:
         """Make sure that the current catalogue is in the store before a session begins with it."""
@@ -38,12 +39,21 @@ class CatalogueStore:
                 raise corrupt(f"{key} {pin}", "the session's catalogue") from None
         return self._known[pin]
 
-    async def learn(self) -> bool:
-        """Learn once what other catalogues are in use; say whether there are any."""
-        if not self._learnt:
-            for pin in await self._gateway.command("HKEYS", self._gateway.keys.catalogues):
-                await self.get(pin.decode())
-            self._learnt = True
+    async def learn(self) -> None:
+        """Learn every catalogue that is in use; one that cannot be read is left out."""
+        for field in await self._gateway.command("HKEYS", self._gateway.keys.catalogues):
+            pin = field.decode(errors="replace")
+            if pin in self._unreadable:
+                continue
+            try:
+                await self.get(pin)
+            except CorruptRecordError:
+                # Reported once, and an error for the sessions that need it.
+                self._unreadable.add(pin)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether any other catalogue than the current one is known to be in use."""
         return len(self._known) > 1
 
     def is_step(self, step_id: int) -> bool:

@@ -18,7 +18,8 @@ CONNECTIONS = 50
 more would only queue in the store instead of here: the 51st call waits for a free one."""
 
 CLUSTER_CONNECTIONS = 512
-"""The same for each node of a Cluster, whose client cannot wait: more than are ever in flight."""
+"""The same for each node of a Cluster, whose client cannot wait: the 513th call at once is refused
+as `overloaded`."""
 
 SEND_LIMIT = 1.5
 """Longest sending, in time limits of one command: four of them and the waits between, 14.5 s by
@@ -29,7 +30,8 @@ def connect(settings: Settings) -> Gateway:
     """Make a gateway to the configured store; it connects when it is first used.
 
     Without a configured one, attaches to the embedded store of the data directory and starts it if
-    none runs there. Raises `EmbeddedStoreError`.
+    none runs there. Raises `EmbeddedStoreError`, and `RuntimeError` outside the main thread when it
+    has to start one.
     """
     mode = store_mode(settings)
     connections = CLUSTER_CONNECTIONS if mode == "cluster" else CONNECTIONS

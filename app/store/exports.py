@@ -33,9 +33,10 @@ class ExportStore:
         key = self._keys.session(session_id).export
         stored = await self._gateway.command("GET", key)
         if stored is None:
-            if not await self._sessions.exists(session_id):
-                raise SessionNotFoundError
-            return None
+            # No session, never finalized, or lost: only a look at both at once can tell.
+            session, [stored] = await self._sessions.get_with(session_id, [key])
+            if session.state.revision == 0:
+                return None
         return self._recognise(key, stored)
 
     async def get_frozen(self, session_id: str) -> Frozen | None:
@@ -70,7 +71,10 @@ class ExportStore:
         at_ms: int,
         request: IdempotentRequest | None = None,
     ) -> Frozen | None:
-        """Finalize, unless the session is finalized or no longer as it was read: then None."""
+        """Finalize, or read what another finalize has frozen.
+
+        None when the session is no longer as it was read.
+        """
         keys = self._keys.session(session.session_id)
         reply = await self._gateway.change(
             "finalize_session",
@@ -83,8 +87,10 @@ class ExportStore:
         match reply.word:
             case "not_found":
                 raise SessionNotFoundError
-            case "changed" | "finalized":
+            case "changed":
                 return None
+            case "finalized":
+                return await self.get_frozen(session.session_id)
         return _frozen(reply, export.text)
 
     def _recognise(self, key: str, stored: bytes | None) -> Export:

@@ -25,9 +25,6 @@ class Remedy(Enum):
     RETRY = auto()
     """Transient: send again, after a wait."""
 
-    RELOAD = auto()
-    """The store has forgotten the script: send again at once, with its text."""
-
     GIVE_UP = auto()
     """It would fail the same way again."""
 
@@ -59,7 +56,7 @@ def corrupt(key: str, part: str = "the session") -> CorruptRecordError:
 
     `part` says in the caller's words what it holds: "step 4".
     """
-    log.error("record_corrupt", key=key)
+    log.error("corrupt_record_found", key=key)
     return CorruptRecordError(key, part)
 
 
@@ -79,7 +76,6 @@ def _permanent(kind: str, error: Callable[[], StoreError] | None = StoreUnavaila
 # several classes that must not be retried are children of ConnectionError, and NOREPLICAS, BUSY
 # and MISCONF are known by their text alone. redis-py drops the code where it has a class for it.
 _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], ...] = (
-    (redis_errors.NoScriptError, "", Fault("no_script", Remedy.RELOAD, StoreUnavailableError)),
     (redis_errors.AuthenticationError, "", _permanent("authentication")),
     (redis_errors.AuthenticationWrongNumberOfArgsError, "", _permanent("authentication")),
     (redis_errors.AuthorizationError, "", _permanent("authorization")),
@@ -91,7 +87,8 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
         _permanent("pool_exhausted", OverloadedError),
     ),
     (redis_errors.BusyLoadingError, "", _transient("loading")),
-    (redis_errors.ReadOnlyError, "", _transient("readonly")),
+    # A replica that was the master: the new one may be found in time.
+    (redis_errors.ReadOnlyError, "", Fault("readonly", Remedy.RETRY, StoreReadonlyError)),
     # A key that lacks its hash tag: ours to mend, not to send again.
     (redis_errors.RedisClusterException, "key slot", _permanent("cross_slot")),
     (redis_errors.ClusterDownError, "", _transient("cluster_down")),
@@ -110,6 +107,8 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     (redis_errors.ResponseError, "MASTERDOWN", _transient("master_down")),
     (redis_errors.ResponseError, "TRYAGAIN", _transient("try_again")),
     (redis_errors.ResponseError, "UNBLOCKED", _transient("readonly")),
+    # Whoever answers there speaks another protocol.
+    (redis_errors.InvalidResponse, "", _permanent("protocol")),
     # A script stumbles only over a record that somebody else wrote.
     (redis_errors.ResponseError, "user_script", _permanent("script_failed", None)),
     (redis_errors.TimeoutError, "", _transient("timeout")),

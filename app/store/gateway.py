@@ -153,6 +153,11 @@ class Gateway:
         return None if reply.word == "unknown" else unwrap_replay(reply, request)
 
     @property
+    def deadline_ms(self) -> int:
+        """How long a call is sent again at most, in milliseconds."""
+        return int(self._policy.deadline_s * 1000)
+
+    @property
     def failures_last_minute(self) -> int:
         """How many sendings failed in the last 60 seconds."""
         since = monotonic_s() - 60
@@ -180,12 +185,15 @@ class Gateway:
     async def _deliver(
         self, what: str, keys: Sequence[Argument], send: Callable[[int], Awaitable[T]]
     ) -> T:
+        begun_s = monotonic_s()
         try:
             return await send(1)
         except Exception as failure:  # noqa: BLE001 - judged, and raised unless the table knows it
             first = failure
+        context = get_context()
+        until_s = begun_s + self._policy.deadline_s if context is None else context.deadline_s
         try:
-            return await self._send_again(what, first, send)
+            return await self._send_again(what, first, send, until_s - monotonic_s())
         except Exception as failure:
             fault = judge(failure)
             if fault is None:
@@ -197,13 +205,10 @@ class Gateway:
             raise fault.error() from None
 
     async def _send_again(
-        self, what: str, first: Exception, send: Callable[[int], Awaitable[T]]
+        self, what: str, first: Exception, send: Callable[[int], Awaitable[T]], left_s: float
     ) -> T:
         """Go on from a first failure: raise it if it is final, else repeat after the waits."""
         context = get_context()
-        left_s = self._policy.deadline_s
-        if context is not None:
-            left_s = context.deadline_s - monotonic_s()
 
         def note(state: RetryCallState) -> None:
             failure = state.outcome and state.outcome.exception()
@@ -277,4 +282,7 @@ def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:
 
 
 def _reply(raw: list[Any]) -> Reply:
-    return Reply(raw[0].decode(), raw[1:])
+    word = raw[0].decode()
+    if word == "damaged":
+        raise corrupt(raw[1].decode())
+    return Reply(word, raw[1:])

@@ -12,8 +12,7 @@ from app.store.faults import judge
 from app.store.gateway import Client
 
 STEP_S = 0.4
-"""Longest wait for one command of the probe, in seconds. With one look every 0.4 s, and a look of
-two steps at most, a change is seen within 1.2 s."""
+"""Longest wait for one command of the probe, in seconds."""
 
 CANARY_MS = 5_000
 """How long the canary lives."""

@@ -1,11 +1,13 @@
 """Sessions in the store: made, read, changed and removed as one."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import orjson
 
 from app.errors import (
+    CorruptRecordError,
     GenerationRunningError,
     InvalidStepIdError,
     NotFinalizedError,
@@ -14,13 +16,10 @@ from app.errors import (
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.progress import Progress, describe_progress
-from app.onboarding.sessions import Owner, Session, State
+from app.onboarding.sessions import Owner, Session, SessionStatus, State
 from app.store.faults import corrupt
 from app.store.gateway import Gateway, Reply, unwrap_replay
 from app.store.keys import SessionKeys
-
-CLAIM_MS = 30_000
-"""How long an Idempotency-Key stays claimed by a request that never came back: two deadlines."""
 
 IDEMPOTENCY_MS = 86_400_000
 """How long the answer to an Idempotency-Key is kept: 24 hours."""
@@ -51,14 +50,16 @@ class SessionStore:
     ) -> Created | None:
         """Make a session; None when there is one with this id.
 
-        One round trip; three on a Cluster when there is an Idempotency-Key, because its record
-        and the session lie in different slots.
+        One round trip; three when there is an Idempotency-Key and keys have hash tags, because its
+        record and the session lie in different slots then.
         """
         record = None if request is None else self._keys.creation(request.scope)
         if record is None or request is None or not self._keys.hash_tag:
             return await self._create(session_id, owner, catalogue, at_ms, request, record)
+        # A request that never comes back must not hold the key for long, one that runs must.
+        claim_ms = 2 * self._gateway.deadline_ms
         claim = await self._gateway.evaluate(
-            "claim_key", [record], [request.fingerprint, session_id, CLAIM_MS]
+            "claim_key", [record], [request.fingerprint, session_id, claim_ms]
         )
         reply = unwrap_replay(claim, request)
         if request.replayed:
@@ -102,39 +103,41 @@ class SessionStore:
         session, _ = await self.get_with(session_id, [])
         return session
 
+    async def get_with_presence(
+        self, session_id: str, strings: Sequence[str]
+    ) -> tuple[Session, list[bool]]:
+        """Read a session, and which of some string keys are there, at one instant."""
+        session, present = await self._read(session_id, strings, "presence")
+        return session, [flag == 1 for flag in present]
+
     async def get_with(
         self, session_id: str, strings: Sequence[str]
     ) -> tuple[Session, list[bytes | None]]:
         """Read a session and some of its string keys at one instant, in one round trip."""
+        return await self._read(session_id, strings, "values")
+
+    async def _read(
+        self, session_id: str, strings: Sequence[str], what: str
+    ) -> tuple[Session, list[Any]]:
         keys = self._keys.session(session_id)
-        reply = await self._gateway.evaluate("read_session", [*keys[:2], *strings])
+        reply = await self._gateway.evaluate("read_session", [*keys[:2], *strings], [what])
         if reply.word == "not_found":
             raise SessionNotFoundError
-        if reply.word == "damaged":
-            raise corrupt(reply.values[0].decode())
         metadata, progress, values = reply.values
         return _session(session_id, keys, _pairs(metadata), _pairs(progress)), values
 
     async def get_state(self, session_id: str) -> State:
-        """Read what a session's progress tells. One command."""
+        """Read what a session's progress tells. One command, two when it is not there."""
         key = self._keys.session(session_id).progress
         values = await self._gateway.command("HMGET", key, *_STATE_FIELDS)
         if not any(values):
-            raise SessionNotFoundError
+            # No session, or a damaged one: only a look at all of it at once can tell.
+            return (await self.get(session_id)).state
         return _state(key, values)
 
-    async def exists(self, session_id: str) -> bool:
-        """Say whether there is such a session. One command."""
-        found = await self._gateway.command("EXISTS", self._keys.session(session_id).progress)
-        return bool(found)
-
     async def get_pin(self, session_id: str) -> str:
-        """Read which catalogue a session began with. One command."""
-        key = self._keys.session(session_id).progress
-        pin = await self._gateway.command("HGET", key, "catalogue")
-        if pin is None:
-            raise SessionNotFoundError
-        return str(pin.decode())
+        """Read which catalogue a session began with. One round trip."""
+        return (await self.get(session_id)).pin
 
     async def set_metadata(
         self, session_id: str, fields: Mapping[str, str | bytes | None], *, at_ms: int
@@ -183,7 +186,10 @@ class SessionStore:
         keys = self._keys.session(session_id)
         record = None
         if self._keys.hash_tag:
-            record = await self._gateway.command("HGET", keys.metadata, "record")
+            # What an Idempotency-Key keeps of the making lies in another slot. Asked for first: a
+            # repeat of the delete would find nothing that still tells.
+            with suppress(CorruptRecordError):
+                record = await self._gateway.command("HGET", keys.metadata, "record")
         reply = await self._gateway.remove("delete_session", keys[:4], [steps])
         if record is not None:
             await self._gateway.command("DEL", record)
@@ -209,7 +215,7 @@ def _state(key: str, values: Sequence[bytes | None]) -> State:
         raise corrupt(key)
     try:
         return State(
-            status=status.decode(),
+            status=SessionStatus(status.decode()),
             saved=saved.decode(),
             highest=int(highest or b""),
             created_ms=int(created or b""),

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import orjson
 
 from app.errors import (
+    CorruptRecordError,
     DraftNotFoundError,
+    InvalidStepIdError,
     SessionFinalizedError,
     SessionNotFoundError,
     StepNotFoundError,
@@ -40,6 +42,13 @@ class Saved(NamedTuple):
 
     versions: dict[int, int]
     progress: Progress
+    at_ms: int
+
+
+class SavedDraft(NamedTuple):
+    """What saving a draft came to: the version of the step beside it, when (Unix ms)."""
+
+    version: int | None
     at_ms: int
 
 
@@ -108,17 +117,7 @@ class StepStore:
             at_ms=at_ms,
             request=request,
         )
-        match reply.word:
-            case "not_found":
-                raise SessionNotFoundError
-            case "other_catalogue":
-                raise OtherCatalogueError(reply.values[0].decode())
-            case "finalized":
-                raise SessionFinalizedError
-            case "conflict":
-                raise VersionConflictError(_version(reply.values[0]))
-            case "changed":
-                raise StepChangedError
+        _check_done(reply)
         return _saved(reply)
 
     async def recall_save(self, session_id: str, request: IdempotentRequest) -> Saved | None:
@@ -127,13 +126,18 @@ class StepStore:
         return None if reply is None else _saved(reply)
 
     async def get(self, session_id: str, step_id: int) -> StoredStep | None:
-        """Read a step; None when it is not saved. One command, two when there is none."""
+        """Read a step; None when it is not saved. One command, two when it is not there.
+
+        Raises `InvalidStepIdError` when the session has no such step.
+        """
         key = self._keys.session(session_id).step(step_id)
         stored = await self._gateway.command("GET", key)
         if stored is None:
-            if not await self._sessions.exists(session_id):
-                raise SessionNotFoundError
-            return None
+            # No session, no such step, not saved, or lost: only a look at both at once can tell.
+            session, [stored] = await self._sessions.get_with(session_id, [key])
+            _check_has_step(len(session.state.saved), step_id)
+            if step_id not in session.versions:
+                return None
         return decode_step(step_id, key, stored)
 
     async def list_all(self, session_id: str, steps: int) -> tuple[Session, dict[int, StoredStep]]:
@@ -155,9 +159,10 @@ class StepStore:
         """Read a session with the numbers of the steps, up to `steps`, that have a draft."""
         keys = self._keys.session(session_id)
         numbers = range(1, steps + 1)
-        session, strings = await self._sessions.get_with(session_id, [*map(keys.draft, numbers)])
+        drafts = [*map(keys.draft, numbers)]
+        session, present = await self._sessions.get_with_presence(session_id, drafts)
         return session, frozenset(
-            number for number, stored in zip(numbers, strings, strict=True) if stored is not None
+            number for number, there in zip(numbers, present, strict=True) if there
         )
 
     async def delete(
@@ -169,7 +174,10 @@ class StepStore:
         if_match: Tags | None = None,
         request: IdempotentRequest | None = None,
     ) -> Progress:
-        """Remove a step. Raises `StepNotFoundError`, `VersionConflictError`."""
+        """Remove a step.
+
+        Raises `InvalidStepIdError`, `StepNotFoundError`, `VersionConflictError`.
+        """
         keys = self._keys.session(session_id)
         reply = await self._gateway.change(
             "delete_step",
@@ -179,15 +187,7 @@ class StepStore:
             at_ms=at_ms,
             request=request,
         )
-        match reply.word:
-            case "not_found":
-                raise SessionNotFoundError
-            case "step_not_found":
-                raise StepNotFoundError(step_id)
-            case "finalized":
-                raise SessionFinalizedError
-            case "conflict":
-                raise VersionConflictError(_version(reply.values[0]))
+        _check_done(reply, step_id)
         return progress_of(reply)
 
     async def save_draft(
@@ -201,8 +201,8 @@ class StepStore:
         saved_at: str,
         lifetime_ms: int,
         request: IdempotentRequest | None = None,
-    ) -> int | None:
-        """Keep a draft for `lifetime_ms` and return the version of the saved step, if it is saved.
+    ) -> SavedDraft:
+        """Keep a draft for `lifetime_ms`.
 
         Raises `OtherCatalogueError` unless the session's catalogue is `pin`.
         """
@@ -215,41 +215,35 @@ class StepStore:
             at_ms=at_ms,
             request=request,
         )
-        match reply.word:
-            case "not_found":
-                raise SessionNotFoundError
-            case "other_catalogue":
-                raise OtherCatalogueError(reply.values[0].decode())
-            case "finalized":
-                raise SessionFinalizedError
-        return _version(reply.values[0])
+        _check_done(reply)
+        version, at_ms = reply.values
+        return SavedDraft(_version(version), int(at_ms))
 
     async def get_draft(self, session_id: str, step_id: int) -> Draft | None:
-        """Read a draft; None when there is none."""
+        """Read a draft; None when there is none. Raises `InvalidStepIdError`."""
         keys = self._keys.session(session_id)
         key = keys.draft(step_id)
-        reply = await self._gateway.evaluate("read_draft", [keys.progress, key], [step_id])
-        if reply.word == "not_found":
-            raise SessionNotFoundError
+        reply = await self._gateway.evaluate(
+            "read_draft", [keys.progress, key, keys.metadata], [step_id]
+        )
         if reply.word == "draft_not_found":
             return None
-        found = _DRAFT.fullmatch(reply.values[0])
-        if not found or not _is_object(found["data"]):
-            raise corrupt(key, f"the draft of step {step_id}")
-        version = _version(reply.values[1])
-        return Draft(found["id"].decode(), found["data"], found["at"].decode(), version)
+        _check_done(reply, step_id)
+        return _decode_draft(step_id, key, reply)
 
-    async def delete_draft(self, session_id: str, step_id: int, *, at_ms: int) -> None:
-        """Drop a draft. Raises `DraftNotFoundError`."""
+    async def delete_draft(self, session_id: str, step_id: int, *, at_ms: int) -> Draft | None:
+        """Drop a draft and return it, or None when it was damaged.
+
+        Raises `InvalidStepIdError`, `DraftNotFoundError`.
+        """
         keys = self._keys.session(session_id)
-        reply = await self._gateway.change("delete_draft", keys, [keys.draft(step_id)], at_ms=at_ms)
-        match reply.word:
-            case "not_found":
-                raise SessionNotFoundError
-            case "draft_not_found":
-                raise DraftNotFoundError(step_id)
-            case "finalized":
-                raise SessionFinalizedError
+        key = keys.draft(step_id)
+        reply = await self._gateway.change("delete_draft", keys, [key], [step_id], at_ms=at_ms)
+        _check_done(reply, step_id)
+        try:
+            return _decode_draft(step_id, key, reply)
+        except CorruptRecordError:
+            return None
 
 
 def decode_step(step_id: int, key: str, stored: bytes | None) -> StoredStep:
@@ -263,22 +257,54 @@ def decode_step(step_id: int, key: str, stored: bytes | None) -> StoredStep:
     return StoredStep(int(found["version"]), found["at"].decode(), found["data"], found[0])
 
 
+def _decode_draft(step_id: int, key: str, reply: Reply) -> Draft:
+    stored, version = reply.values
+    found = _DRAFT.fullmatch(stored)
+    if not found or not _is_object(found["data"]):
+        raise corrupt(key, f"the draft of step {step_id}")
+    return Draft(found["id"].decode(), found["data"], found["at"].decode(), _version(version))
+
+
+def _check_done(reply: Reply, step_id: int = 0) -> None:
+    """Raise the error that a script's word stands for, unless it did what it was asked."""
+    match reply.word:
+        case "not_found":
+            raise SessionNotFoundError
+        case "other_catalogue":
+            raise OtherCatalogueError(reply.values[0].decode())
+        case "out_of_range":
+            _check_has_step(int(reply.values[0]), step_id)
+        case "step_not_found":
+            raise StepNotFoundError(step_id)
+        case "draft_not_found":
+            raise DraftNotFoundError(step_id)
+        case "finalized":
+            raise SessionFinalizedError
+        case "conflict":
+            raise VersionConflictError(_version(reply.values[0]))
+        case "changed":
+            raise StepChangedError
+
+
+def _check_has_step(steps: int, step_id: int) -> None:
+    if step_id > steps:
+        raise InvalidStepIdError(f"The session's steps are numbered 1 to {steps}")
+
+
 def _saved(reply: Reply) -> Saved:
     numbers = map(int, reply.values[4:])
     return Saved(dict(zip(numbers, numbers, strict=True)), progress_of(reply), int(reply.values[3]))
 
 
 _AT = rb'"saved_at":"(?P<at>[0-9T:.Z-]{20,30})"'
+# Answers keep the white space around them, too.
+_DATA = rb',"data":(?P<data>[ \t\r\n]*\{.*\}[ \t\r\n]*)\}'
 _STEP = re.compile(
-    rb'\{"step_id":(?P<id>[0-9]{1,3}),"version":(?P<version>[0-9]{1,15}),'
-    + _AT
-    + rb',"data":(?P<data>\{.*\})\}',
+    rb'\{"step_id":(?P<id>[0-9]{1,3}),"version":(?P<version>[0-9]{1,15}),' + _AT + _DATA,
     re.DOTALL,
 )
 _DRAFT = re.compile(
-    rb'\{"step_id":[0-9]{1,3},"draft_id":"(?P<id>[0-9a-f]+)",'
-    + _AT
-    + rb',"data":(?P<data>\{.*\})\}',
+    rb'\{"step_id":[0-9]{1,3},"draft_id":"(?P<id>[0-9a-f]+)",' + _AT + _DATA,
     re.DOTALL,
 )
 

@@ -4,7 +4,8 @@
 -- KEYS  5 the step
 -- ARGV  6 number of the step, 7 If-Match: '' none, '*', or '|3|4|'
 --
--- Returns {'ok', saved, highest, created_at, updated_at}, {'not_found'}, {'step_not_found'},
+-- Returns {'ok', saved, highest, created_at, updated_at}, {'not_found'},
+--         {'out_of_range', number of steps}, {'step_not_found'},
 --         {'finalized'}, {'conflict', current version}
 --
 -- Safe to send twice: see session.lua.
@@ -13,6 +14,9 @@ if not state.status then
   return {'not_found'}
 end
 local number, if_match = tonumber(ARGV[6]), ARGV[7]
+if number > #state.saved then
+  return {'out_of_range', whole(#state.saved)}
+end
 if string.sub(state.saved, number, number) ~= '1' then
   return {'step_not_found'}
 end

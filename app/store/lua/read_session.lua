@@ -1,9 +1,10 @@
 -- Read a session and any number of its strings at one instant.
 --
 -- KEYS  1 metadata, 2 progress, from 3 strings of the session
--- ARGV  none
+-- ARGV  1 'values' to read the strings, 'presence' to see only which of them are there
 --
--- Returns {'ok', metadata, progress, strings} with the hashes as field and value lists,
+-- Returns {'ok', metadata, progress, strings} with the hashes as field and value lists, and of the
+--         strings their values, or 1 and 0,
 --         {'not_found'}, {'damaged', key} when one of the hashes is gone and the other is not
 --
 -- Safe to send twice: it reads.
@@ -20,7 +21,11 @@ if #progress == 0 then
   return {'damaged', KEYS[2]}
 end
 local strings = {}
-if #KEYS > 2 then
+if ARGV[1] == 'presence' then
+  for i = 3, #KEYS do
+    strings[i - 2] = redis.call('EXISTS', KEYS[i])
+  end
+elseif #KEYS > 2 then
   strings = redis.call('MGET', unpack(KEYS, 3))
 end
 return {'ok', metadata, progress, strings}

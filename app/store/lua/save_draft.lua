@@ -5,7 +5,7 @@
 -- ARGV  6 catalogue pin, 7 number of the step, 8 the caller's time as RFC 3339,
 --       9 life of the draft in ms, 10 the answers as JSON
 --
--- Returns {'ok', version of the saved step or ''}, {'not_found'}, {'other_catalogue', pin},
+-- Returns {'ok', version of the saved step or '', the caller's time in Unix ms}, {'not_found'}, {'other_catalogue', pin},
 --         {'finalized'}
 --
 -- Safe to send twice: see session.lua.
@@ -28,4 +28,4 @@ local version = ''
 if string.sub(state.saved, number, number) == '1' then
   version = redis.call('HGET', PROGRESS, 'v' .. ARGV[7])
 end
-return answer({'ok', version})
+return answer({'ok', version, at_ms})

@@ -9,7 +9,8 @@
 --
 -- Returns {'ok', saved, highest, created_at, updated_at, number, version, ...},
 --         {'not_found'}, {'other_catalogue', pin}, {'finalized'},
---         {'conflict', current version or ''}, {'changed'} when 9 or 10 does not hold
+--         {'conflict', current version or ''}, {'changed'} when 9 or 10 does not hold,
+--         {'damaged', key}
 --
 -- Safe to send twice: see session.lua.
 
@@ -28,6 +29,13 @@ for i = 12, #ARGV, 2 do
   names[#names + 1] = 'v' .. ARGV[i]
 end
 local versions = redis.call('HMGET', PROGRESS, unpack(names))
+
+for i, name in ipairs(names) do
+  local number = tonumber(ARGV[10 + 2 * i])
+  if string.sub(state.saved, number, number) == '1' and not tonumber(versions[i]) then
+    return {'damaged', PROGRESS}
+  end
+end
 
 if #names == 1 then
   local number = tonumber(ARGV[12])

@@ -9,7 +9,8 @@
 --       5 fingerprint of the request ('' = no Idempotency-Key), from 6 the script's own
 --
 -- Returns before the script begins: the first answer, when the operation id is remembered;
--- {'replayed', <first answer>} or {'idempotency_mismatch'}, when the Idempotency-Key is.
+-- {'replayed', <first answer>} or {'idempotency_mismatch'}, when the Idempotency-Key is;
+-- {'damaged', key}, when the session's state cannot be read.
 --
 -- Safe to send twice: an operation is remembered for 120 s at least by Redis' own clock, however
 -- many others write, and a repeat is answered from memory before anything is looked at or changed.
@@ -62,13 +63,29 @@ local state = {
   catalogue = found[10],
 }
 
+-- A session that is there without all of its state is damage, which must not pass for absence.
+if state.status then
+  for field = 1, 10 do
+    local is_number = field > 2 and field < 7 or field == 8 or field == 9
+    if not found[field] or (is_number and not tonumber(found[field])) then
+      return {'damaged', PROGRESS}
+    end
+  end
+  if not string.find(state.saved, '^[01]+$') then
+    return {'damaged', PROGRESS}
+  end
+elseif redis.call('EXISTS', PROGRESS, METADATA) > 0 then
+  return {'damaged', PROGRESS}
+end
+-- A log that is none fails here, before anything is written, and not after.
+local events = redis.call('XLEN', EVENTS)
+
 local deadline_ms = tonumber(found[6] or 0)
 local step_ms = math.max(1, math.floor(lifetime_ms / DEADLINE_STEPS))
 local wanted_ms = math.ceil((now_ms + lifetime_ms) / step_ms) * step_ms
-local moved = wanted_ms > deadline_ms
-if moved then
-  deadline_ms = wanted_ms
-end
+-- A log or a memory that was lost is begun anew, and must not live for ever.
+local moved = wanted_ms > deadline_ms or events == 0 or not memory[3]
+deadline_ms = math.max(deadline_ms, wanted_ms)
 local deadline = whole(deadline_ms)
 
 local function change(...)

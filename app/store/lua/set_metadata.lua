@@ -12,8 +12,11 @@ if not state.status then
   return {'not_found'}
 end
 
+moved = moved or redis.call('EXISTS', METADATA) == 0
 local last = 6 + 2 * tonumber(ARGV[6])
-redis.call('HSET', METADATA, unpack(ARGV, 7, last))
+if last > 6 then
+  redis.call('HSET', METADATA, unpack(ARGV, 7, last))
+end
 if #ARGV > last then
   redis.call('HDEL', METADATA, unpack(ARGV, last + 1))
 end

@@ -1,0 +1,84 @@
+"""What the tests of the store share: a proxy before the real store, managers with any settings."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Protocol
+
+import pytest
+import structlog
+import time_machine
+from fakeredis import FakeServer
+from redis.asyncio import Redis
+
+from app.services.manager import make_manager
+from app.settings import load_settings
+from app.store.connect import connect
+from tests.conftest import QUICKLY, fake_gateway
+from tests.proxy import Proxy
+from tests.servers import Valkey
+from tests.store.sessions import NOON_S, Place, working_at
+
+
+class MakePlace(Protocol):
+    """Make a manager on the same store as the others, with settings of its own."""
+
+    def __call__(self, **overrides: Any) -> Place: ...
+
+
+@pytest.fixture
+async def proxy(raw: Redis, valkey: Valkey) -> AsyncIterator[Proxy]:
+    """Stand before the empty real store."""
+    async with Proxy(valkey.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def wired(proxy: Proxy) -> AsyncIterator[Place]:
+    """Give a manager whose every command passes the proxy."""
+    async with working_at(f"redis://{proxy.host}:{proxy.port}/0", redis_timeout_s=0.4) as place:
+        yield place
+
+
+@pytest.fixture
+async def real(raw: Redis, valkey: Valkey) -> AsyncIterator[MakePlace]:
+    """Make managers on the empty real store."""
+    places: list[Place] = []
+
+    def make(**overrides: Any) -> Place:
+        settings = load_settings(redis_url=valkey.url, **{**QUICKLY, **overrides})
+        gateway = connect(settings)
+        places.append(Place(make_manager(gateway, settings), gateway))
+        return places[-1]
+
+    yield make
+    for place in places:
+        await place.gateway.aclose()
+
+
+@pytest.fixture
+def clock() -> Iterator[time_machine.Traveller]:
+    """Give a clock that stands still until it is moved; fake stores go by it."""
+    with time_machine.travel(NOON_S, tick=False) as traveller:
+        yield traveller
+
+
+@pytest.fixture
+async def fake(clock: time_machine.Traveller) -> AsyncIterator[MakePlace]:
+    """Make managers on one fake store that goes by `clock`."""
+    server = FakeServer()
+    places: list[Place] = []
+
+    def make(**overrides: Any) -> Place:
+        gateway = fake_gateway(server, **overrides)
+        places.append(Place(make_manager(gateway, load_settings(**overrides)), gateway))
+        return places[-1]
+
+    yield make
+    for place in places:
+        await place.gateway.aclose()
+
+
+@pytest.fixture(autouse=True)
+def logs_that_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget loggers that a service of another test has bound to its own configuration."""
+    for module in ("app.store.faults", "app.store.gateway"):
+        monkeypatch.setattr(f"{module}.log", structlog.get_logger())

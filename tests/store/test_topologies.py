@@ -1,0 +1,244 @@
+"""The main job on every kind of store: a Sentinel set, a Cluster, and one node with hash tags."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from redis.crc import key_slot
+
+from app.errors import (
+    IdempotencyInProgressError,
+    IdempotencyMismatchError,
+    SessionFinalizedError,
+    SessionNotFoundError,
+)
+from app.onboarding.exports import compute_checksum
+from app.onboarding.sessions import Owner
+from tests.servers import ClusterSet, SentinelSet, Valkey
+from tests.store.sessions import Manager, Place, keyed, prepare, working_at
+
+pytestmark = pytest.mark.xdist_group("sets")
+
+STEPS = range(1, 24)
+OWNER = Owner("w1", "u1", "en", b'{"source":"test"}')
+
+
+class Topology:
+    """A kind of store: a manager on it, and its data servers to look at."""
+
+    def __init__(self, place: Place, servers: list[Valkey], *, tagged: bool) -> None:
+        self.manager = place.manager
+        self.gateway = place.gateway
+        self.tagged = tagged
+        self._servers = servers
+
+    def list_keys(self) -> set[str]:
+        """List every key in the store but the index."""
+        found = {str(key) for server in self._servers for key in server.command("KEYS", "*")}
+        return {key for key in found if not key.startswith("onboarding:index:")}
+
+    def immortal(self) -> set[str]:
+        """List the keys without a lifetime."""
+        return {
+            str(key)
+            for server in self._servers
+            for key in server.command("KEYS", "*")
+            if server.command("PTTL", key) == -1
+        }
+
+    def deadlines_ms(self) -> dict[str, int]:
+        """Ask when each key expires."""
+        return {
+            str(key): int(server.command("PEXPIRETIME", key))
+            for server in self._servers
+            for key in server.command("KEYS", "onboarding:*")
+        }
+
+    def prefix(self, session_id: str) -> str:
+        return f"onboarding:{{{session_id}}}:" if self.tagged else f"onboarding:{session_id}:"
+
+
+@pytest.fixture(scope="module")
+def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelSet]:
+    with SentinelSet.start(tmp_path_factory.mktemp("sentinels")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSet]:
+    with ClusterSet.start(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture(params=["sentinel", "cluster", "tagged"])
+async def topology(request: pytest.FixtureRequest) -> AsyncIterator[Topology]:
+    """Give each topology in turn, empty."""
+    overrides: dict[str, Any] = {}
+    if request.param == "sentinel":
+        sentinels: SentinelSet = request.getfixturevalue("sentinels")
+        url, servers = sentinels.url, [sentinels.acting_master()]
+    elif request.param == "cluster":
+        cluster: ClusterSet = request.getfixturevalue("cluster")
+        url, servers = cluster.url, [*cluster.nodes]
+    else:
+        valkey: Valkey = request.getfixturevalue("valkey")
+        url, servers = valkey.url, [valkey]
+        overrides["key_hash_tag"] = "on"
+    for server in servers:
+        server.command("FLUSHALL")
+    async with working_at(url, **overrides) as place:
+        yield Topology(place, servers, tagged=request.param != "sentinel")
+
+
+async def test_the_main_job(topology: Topology) -> None:
+    manager = topology.manager
+    session_id = await manager.create_session(workspace_id="w1", user_id="u1")
+    for number in STEPS:
+        saved = await manager.save_step(session_id, number, {"answer": number, "list": [], "o": {}})
+        assert saved["version"] == 1
+        assert saved["progress"]["completed"] == number
+
+    await manager.save_draft(session_id, 3, {"typing": True})
+    draft = await manager.get_draft(session_id, 3)
+    assert draft is not None
+    assert (draft["data"], draft["version"]) == ({"typing": True}, 1)
+    await manager.save_draft(session_id, 4, {"promoted": True})
+    assert (await manager.promote_draft_to_step(session_id, 4))["version"] == 2
+    assert (await manager.patch_step(session_id, 1, {"more": 1, "list": None}))["version"] == 2
+    step = await manager.get_step(session_id, 1)
+    assert step is not None
+    assert step["data"] == {"answer": 1, "o": {}, "more": 1}
+    await manager.delete_step(session_id, 23)
+    await manager.save_steps(session_id, {23: {"again": 1}, 22: {"again": 2}})
+
+    summary = await manager.get_session_summary(session_id)
+    assert summary["stats"]["completed_steps"] == 23
+    assert [each["version"] for each in summary["steps"]] == [2, 1, 1, 2, *[1] * 17, 2, 2]
+    assert [each["step_id"] for each in summary["steps"] if each["has_draft"]] == [3]
+    steps = await manager.get_all_steps(session_id)
+    assert (len(steps), steps.missing) == (23, [])
+
+    answer = await manager.finalize(session_id, request=keyed("finalize"))
+    again = await manager.finalize(session_id, request=keyed("finalize"))
+    assert again.text == answer.text
+    export = await manager.get_export(session_id)
+    assert export is not None
+    assert export.checksum == compute_checksum(export.value) == export["checksum"]
+    assert export["steps"]["4"]["data"] == {"promoted": True}
+    with pytest.raises(SessionFinalizedError):
+        await manager.save_step(session_id, 1, {"a": 1})
+    assert (await manager.reopen(session_id))["finalized_at"] is None
+    await manager.save_step(session_id, 1, {"reopened": True})
+    assert (await manager.finalize(session_id))["business_context"]["revision"] == 2
+
+    prefix = topology.prefix(session_id)
+    assert {key.removeprefix(prefix) for key in topology.list_keys()} == {
+        *("metadata", "progress", "events", "ops", "export", "draft:3"),
+        *(f"step:{number}" for number in STEPS),
+        f"idem:{keyed('finalize').scope}",
+    }
+    deadlines = topology.deadlines_ms()
+    shared = {
+        at
+        for key, at in deadlines.items()
+        if not key.startswith((f"{prefix}draft", f"{prefix}idem", "onboarding:index"))
+    }
+    assert len(shared) == 1
+    assert {key for key in topology.immortal() if not key.startswith("onboarding:index:")} == set()
+    await manager.delete_session(session_id)
+    assert topology.list_keys() == set()
+    with pytest.raises(SessionNotFoundError):
+        await manager.save_step(session_id, 1, {"late": 1})
+    assert topology.list_keys() == set()
+
+
+async def test_a_session_lies_in_one_slot_where_keys_are_tagged(topology: Topology) -> None:
+    session_id = await prepare(topology.manager)
+    await topology.manager.finalize(session_id, request=keyed())
+    keys = topology.list_keys()
+    prefix = topology.prefix(session_id)
+    assert all(key.startswith(prefix) for key in keys)
+    if topology.tagged:
+        assert len({key_slot(key.encode()) for key in keys}) == 1
+
+
+class TestCreateWithAnIdempotencyKey:
+    async def test_again_is_answered_with_the_same_session(self, topology: Topology) -> None:
+        first = await topology.manager.begin_session(OWNER, request=keyed())
+        again = keyed()
+        assert await topology.manager.begin_session(OWNER, request=again) == first
+        assert again.replayed
+        with pytest.raises(IdempotencyMismatchError):
+            await topology.manager.begin_session(OWNER, request=keyed(body=b"another"))
+        assert len([key for key in topology.list_keys() if key.endswith(":metadata")]) == 1
+        assert topology.immortal() <= {"onboarding:index:catalogues"}
+
+    async def test_by_20_at_once_makes_one_session(self, topology: Topology) -> None:
+        async def begin() -> str | None:
+            try:
+                view = await topology.manager.begin_session(OWNER, request=keyed())
+            except IdempotencyInProgressError:
+                return None
+            return view["session_id"]
+
+        ids = set(await asyncio.gather(*(begin() for _ in range(20)))) - {None}
+        assert len(ids) == 1
+        assert len([key for key in topology.list_keys() if key.endswith(":metadata")]) == 1
+        assert {await begin()} == ids
+
+    async def test_leaves_nothing_when_the_session_is_deleted(self, topology: Topology) -> None:
+        view = await topology.manager.begin_session(OWNER, request=keyed())
+        assert f"onboarding:idem:{keyed().scope}" in topology.list_keys()
+        await topology.manager.delete_session(view["session_id"])
+        assert topology.list_keys() == set()
+
+    async def test_expires_no_later_than_the_session(self, topology: Topology) -> None:
+        view = await topology.manager.begin_session(OWNER, request=keyed())
+        deadlines = topology.deadlines_ms()
+        session_ms = deadlines[topology.prefix(view["session_id"]) + "progress"]
+        assert 0 < deadlines[f"onboarding:idem:{keyed().scope}"] <= session_ms
+
+    async def test_of_a_short_session_expires_with_it(self, topology: Topology) -> None:
+        topology.gateway.lifetime_ms = 3_600_000
+        view = await topology.manager.begin_session(OWNER, request=keyed())
+        deadlines = topology.deadlines_ms()
+        session_ms = deadlines[topology.prefix(view["session_id"]) + "progress"]
+        assert 0 < deadlines[f"onboarding:idem:{keyed().scope}"] <= session_ms
+
+
+async def test_many_sessions_at_once_stay_apart(topology: Topology) -> None:
+    manager: Manager = topology.manager
+
+    async def work(number: int) -> str:
+        session_id = await manager.create_session(workspace_id=f"w{number}")
+        for step in range(1, 6):
+            await manager.save_step(session_id, step, {"session": number, "step": step})
+        steps = await manager.get_all_steps(session_id)
+        assert {n: step["data"] for n, step in steps.items()} == {
+            n: {"session": number, "step": n} for n in range(1, 6)
+        }
+        return session_id
+
+    for session_id in await asyncio.gather(*(work(number) for number in range(20))):
+        await manager.delete_session(session_id)
+    assert topology.list_keys() == set()
+
+
+async def test_a_failover_is_ridden_out_and_loses_nothing_that_was_replicated(
+    sentinels: SentinelSet,
+) -> None:
+    async with working_at(sentinels.url, retry_base_s=0.5, retry_attempts=5) as place:
+        session_id = await prepare(place.manager)
+        before = sentinels.acting_master()
+        before.command("WAIT", 1, 2000)
+        sentinels.sentinels[0].command("SENTINEL", "FAILOVER", sentinels.service)
+        async with asyncio.timeout(15):
+            round_ = 0
+            while sentinels.acting_master() is before:
+                round_ += 1
+                await place.manager.save_step(session_id, 5, {"round": round_})
+        await place.manager.save_step(session_id, 6, {"after": True})
+        steps = await place.manager.get_all_steps(session_id)
+        assert {1, 2, 6} <= set(steps)
+        await place.manager.delete_session(session_id)
