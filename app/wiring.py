@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 
+import structlog
 from typing_extensions import TypedDict
 
+from app.services.background import Repeated
 from app.services.health import HealthMonitor
-from app.services.manager import OnboardingSessionManager, make_manager
+from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_manager
 from app.settings import Settings
 from app.store.connect import connect, make_probe
 from app.store.gateway import Gateway
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +21,22 @@ class Services:
 
     manager: OnboardingSessionManager
     health: HealthMonitor
+    learning: Repeated
     gateway: Gateway
+
+    async def start(self) -> None:
+        """See how the store is, and begin what goes on in the background."""
+        await self.health.start()
+        if self.health.report()["redis"]["connected"]:
+            await self.manager.learn_catalogues()
+        else:
+            # It may come later: the process serves, says that it is down, and heals.
+            log.warning("store_missed_at_start")
+        self.learning.start()
 
     async def aclose(self) -> None:
         """Close what was opened, last opened first."""
+        await self.learning.aclose()
         await self.health.aclose()
         await self.gateway.aclose()
 
@@ -33,10 +49,12 @@ class AppState(TypedDict):
 
 
 def build_services(settings: Settings) -> Services:
-    """Construct the services; nothing connects yet. Raises `EmbeddedStoreError`."""
+    """Construct the services. Raises `EmbeddedStoreError` when there is no store to attach to."""
     gateway = connect(settings)
+    manager = make_manager(gateway, settings)
     return Services(
-        manager=make_manager(gateway, settings),
+        manager=manager,
         health=HealthMonitor(make_probe(settings), gateway),
+        learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,
     )

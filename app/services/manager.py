@@ -9,17 +9,23 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import structlog
 
-from app.clock import now_ms, rfc3339
+from app.clock import monotonic_s, now_ms, rfc3339
 from app.errors import (
+    AbsentError,
     DraftNotFoundError,
+    Fault,
     InvalidStepDataError,
     InvalidStepIdError,
     NothingToFinalizeError,
     PayloadTooLargeError,
+    RequestError,
     SessionConflictError,
+    SessionFinalizedError,
     SessionNotFoundError,
+    StateError,
     StepNotFoundError,
     StepsMissingError,
+    VersionConflictError,
 )
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.documents import Document, merge_patch
@@ -41,7 +47,6 @@ from app.onboarding.sessions import (
 )
 from app.onboarding.steps import (
     NO_PRECONDITION,
-    DeletedDraft,
     DeletedStep,
     Precondition,
     SavedStep,
@@ -58,7 +63,15 @@ from app.store.exports import ExportStore
 from app.store.gateway import Gateway
 from app.store.health import Probe
 from app.store.sessions import SessionStore
-from app.store.steps import OtherCatalogueError, Saved, StepChangedError, StepStore, StoredStep
+from app.store.steps import (
+    Draft,
+    OtherCatalogueError,
+    Saved,
+    SavedDraft,
+    StepChangedError,
+    StepStore,
+    StoredStep,
+)
 
 log = structlog.get_logger()
 
@@ -66,6 +79,10 @@ T = TypeVar("T")
 
 TRIES = 8
 """How often a change that must read first is tried again when others change the session."""
+
+
+LEARN_EVERY_S = 5.0
+"""How soon a process knows the catalogue of a newer one that was started beside it."""
 
 
 class Rules(NamedTuple):
@@ -102,6 +119,7 @@ class OnboardingSessionManager:
         self._sessions = SessionStore(gateway)
         self._steps = StepStore(gateway, self._sessions)
         self._exports = ExportStore(gateway, self._sessions)
+        self._learnt_s = -2 * LEARN_EVERY_S
 
     @property
     def catalogue(self) -> Catalogue:
@@ -134,7 +152,8 @@ class OnboardingSessionManager:
             created = await self._sessions.create(
                 str(uuid.uuid4()), owner, self.catalogue, at_ms=now_ms(), request=request
             )
-        log.info("session_created", session_id=created.session_id)
+        if request is None or not request.replayed:
+            log.info("session_created", session_id=created.session_id)
         return view_session(created.session_id, owner, created.state)
 
     async def get_session(self, session_id: str) -> SessionView:
@@ -253,10 +272,12 @@ class OnboardingSessionManager:
             for number, data in sorted(steps.items())
         }
         if not answers:
-            raise InvalidStepDataError("Send at least one step")
+            fault = Fault(pointer="/steps", code="min_properties", detail="Send at least one step")
+            raise InvalidStepDataError("Send at least one step", [fault])
 
         async def save(catalogue: Catalogue) -> Saved:
             for number, data in answers.items():
+                catalogue.check_step_id(number, f"/steps/{number}")
                 self._check_answers(catalogue, number, data, f"/steps/{number}")
             return await self._save(session_id, answers, catalogue, request=request)
 
@@ -282,15 +303,24 @@ class OnboardingSessionManager:
         Reads, merges, and saves if nobody changed the step meanwhile. Raises what `save_step`
         raises, `StepNotFoundError` and `SessionConflictError`.
         """
-        await self.check_step(session_id, step_id)
+        change = Document.of(patch, InvalidStepDataError)
+        await self._check_step(session_id, step_id)
 
         async def patched(catalogue: Catalogue) -> Saved:
             stored = await self._steps.get(session_id, step_id)
             if stored is None:
                 raise StepNotFoundError(step_id)
-            merged = merge_patch(Document(stored.data).value, dict(patch))
-            answers = Document.of(merged, InvalidStepDataError)
-            self._check_answers(catalogue, step_id, answers, "")
+            merged = merge_patch(Document(stored.data).value, change.value)
+            try:
+                answers = Document.of(merged, InvalidStepDataError)
+                self._check_answers(catalogue, step_id, answers, "")
+            except RequestError:
+                # What the script would refuse first outweighs an outcome that cannot be taken.
+                if (await self._sessions.get_state(session_id)).finalized_ms is not None:
+                    raise SessionFinalizedError from None
+                if not precondition.holds(stored.version):
+                    raise VersionConflictError(stored.version) from None
+                raise
             return await self._save(
                 session_id,
                 {step_id: answers},
@@ -304,7 +334,7 @@ class OnboardingSessionManager:
 
     async def get_step(self, session_id: str, step_id: int) -> Step | None:
         """Read a saved step; None when it is not saved. Raises `InvalidStepIdError`."""
-        await self.check_step(session_id, step_id)
+        await self._check_step(session_id, step_id)
         stored = await self._steps.get(session_id, step_id)
         return None if stored is None else _step(session_id, step_id, stored)
 
@@ -328,7 +358,7 @@ class OnboardingSessionManager:
         Raises `InvalidStepIdError`, `StepNotFoundError`, `SessionFinalizedError`,
         `VersionConflictError`.
         """
-        await self.check_step(session_id, step_id)
+        await self._check_step(session_id, step_id)
         progress = await self._steps.delete(
             session_id, step_id, at_ms=now_ms(), if_match=if_match, request=request
         )
@@ -354,7 +384,7 @@ class OnboardingSessionManager:
         self._check_size(answers)
         at_ms = now_ms()
 
-        async def save(catalogue: Catalogue) -> int | None:
+        async def save(catalogue: Catalogue) -> SavedDraft:
             catalogue.check_step_id(step_id)
             return await self._steps.save_draft(
                 session_id,
@@ -367,35 +397,30 @@ class OnboardingSessionManager:
                 request=request,
             )
 
+        saved = await self._by_its_catalogue(session_id, save)
         return Step.compose(
             session_id=session_id,
             step_id=step_id,
             data=answers.text,
-            version=await self._by_its_catalogue(session_id, save),
-            saved_at=rfc3339(at_ms),
+            version=saved.version,
+            saved_at=rfc3339(saved.at_ms),
             is_draft=True,
         )
 
     async def get_draft(self, session_id: str, step_id: int) -> Step | None:
         """Read a draft; None when there is none. Raises `InvalidStepIdError`."""
-        await self.check_step(session_id, step_id)
+        await self._check_step(session_id, step_id)
         draft = await self._steps.get_draft(session_id, step_id)
-        if draft is None:
-            return None
-        return Step.compose(
-            session_id=session_id,
-            step_id=step_id,
-            data=draft.data,
-            version=draft.version,
-            saved_at=draft.saved_at,
-            is_draft=True,
-        )
+        return None if draft is None else _step(session_id, step_id, draft)
 
-    async def delete_draft(self, session_id: str, step_id: int) -> DeletedDraft:
-        """Drop a draft. Raises `DraftNotFoundError`, `SessionFinalizedError`."""
-        await self.check_step(session_id, step_id)
-        await self._steps.delete_draft(session_id, step_id, at_ms=now_ms())
-        return DeletedDraft(success=True, session_id=session_id, step_id=step_id)
+    async def delete_draft(self, session_id: str, step_id: int) -> Step | None:
+        """Drop a draft and return what it was; None when that could not be read any more.
+
+        Raises `InvalidStepIdError`, `DraftNotFoundError`, `SessionFinalizedError`.
+        """
+        await self._check_step(session_id, step_id)
+        draft = await self._steps.delete_draft(session_id, step_id, at_ms=now_ms())
+        return None if draft is None else _step(session_id, step_id, draft)
 
     async def promote_draft_to_step(
         self,
@@ -406,7 +431,7 @@ class OnboardingSessionManager:
         request: IdempotentRequest | None = None,
     ) -> SavedStep:
         """Save a draft as the step. Raises what `save_step` raises and `DraftNotFoundError`."""
-        await self.check_step(session_id, step_id)
+        await self._check_step(session_id, step_id)
 
         async def promoted(catalogue: Catalogue) -> Saved:
             draft = await self._steps.get_draft(session_id, step_id)
@@ -473,36 +498,33 @@ class OnboardingSessionManager:
         `IdempotencyMismatchError`.
         """
         check_session_id(session_id)
+        frozen = request and await self._exports.recall(session_id, request)
         for _ in range(TRIES):
-            frozen = None
-            if request is not None:
-                frozen = await self._exports.recall(session_id, request)
-            if frozen is None:
-                session, catalogue, stored = await self._read_all(session_id)
-                if session.state.finalized_ms is None:
-                    self._check_complete(catalogue, stored, force=force)
-                    at_ms = now_ms()
-                    records = {number: Document(each.text) for number, each in stored.items()}
-                    # Canonical JSON takes 30 ms for a megabyte: too long for the event loop.
-                    export = await asyncio.to_thread(
-                        build_export, session, records, catalogue, at_ms
-                    )
-                    frozen = await self._exports.save(session, export, at_ms=at_ms, request=request)
-                    if frozen is not None:
-                        log.info("session_finalized", session_id=session_id)
-                else:
-                    if request is not None:
-                        await self._exports.remember(session_id, at_ms=now_ms(), request=request)
-                    frozen = await self._exports.get_frozen(session_id)
-            if frozen is not None:
-                return FinalizeAnswer.compose(
-                    session_id=session_id,
-                    export=frozen.export,
-                    completed=frozen.completed,
-                    total=frozen.total,
-                    finalized_ms=frozen.finalized_ms,
-                )
-        raise SessionConflictError
+            if frozen:
+                break
+            session, catalogue, stored = await self._read_all(session_id)
+            if session.state.finalized_ms is None:
+                self._check_complete(catalogue, stored, force=force)
+                at_ms = now_ms()
+                records = {number: Document(each.text) for number, each in stored.items()}
+                # Canonical JSON takes 30 ms for a megabyte: too long for the event loop.
+                export = await asyncio.to_thread(build_export, session, records, catalogue, at_ms)
+                frozen = await self._exports.save(session, export, at_ms=at_ms, request=request)
+                if frozen and frozen.export is export.text:
+                    log.info("session_finalized", session_id=session_id)
+            else:
+                if request is not None:
+                    await self._exports.remember(session_id, at_ms=now_ms(), request=request)
+                frozen = await self._exports.get_frozen(session_id)
+        if not frozen:
+            raise SessionConflictError
+        return FinalizeAnswer.compose(
+            session_id=session_id,
+            export=frozen.export,
+            completed=frozen.completed,
+            total=frozen.total,
+            finalized_ms=frozen.finalized_ms,
+        )
 
     async def get_export(self, session_id: str) -> Export | None:
         """Read the latest export; None when the session was never finalized. One command."""
@@ -518,14 +540,19 @@ class OnboardingSessionManager:
         """
         check_session_id(session_id)
         owner, state = await self._sessions.reopen(session_id, at_ms=now_ms(), request=request)
-        log.info("session_reopened", session_id=session_id)
+        if request is None or not request.replayed:
+            log.info("session_reopened", session_id=session_id)
         return view_session(session_id, owner, state)
 
     # --- The manager itself -----------------------------------------------------------------------
 
     async def learn_catalogues(self) -> None:
-        """Learn which other catalogues are in use, so that steps can be judged without asking."""
+        """Learn which catalogues are in use, so that steps can be judged without asking.
+
+        Done again from time to time: a newer service may be starting beside this one.
+        """
         await self._catalogues.learn()
+        self._learnt_s = monotonic_s()
 
     async def health_check(self) -> dict[str, bool]:
         """Try a connection, a write, a read and a delete, each by itself, without retries.
@@ -550,7 +577,7 @@ class OnboardingSessionManager:
 
     # --- How it is done ---------------------------------------------------------------------------
 
-    async def check_step(self, session_id: str, step_id: int) -> None:
+    async def _check_step(self, session_id: str, step_id: int) -> None:
         """Raise `InvalidStepIdError` unless the session's catalogue has the step.
 
         Asks the store only for a number that the current catalogue has not.
@@ -577,7 +604,9 @@ class OnboardingSessionManager:
         except OtherCatalogueError as other:
             pin = other.pin
         except (InvalidStepIdError, InvalidStepDataError):
-            if not await self._catalogues.learn():
+            if monotonic_s() - self._learnt_s > 2 * LEARN_EVERY_S:
+                await self.learn_catalogues()
+            if not self._catalogues.has_others:
                 raise
             pin = await self._sessions.get_pin(session_id)
             if pin == self.catalogue.pin:
@@ -592,17 +621,22 @@ class OnboardingSessionManager:
         request: IdempotentRequest | None,
     ) -> SavedStep:
         """Attempt a save that depends on what was read, again while others change that."""
-        if request is not None:
-            first = await self._steps.recall_save(session_id, request)
-            if first is not None:
-                return _saved_step(session_id, step_id, first)
+        saved = request and await self._steps.recall_save(session_id, request)
         for _ in range(TRIES):
+            if saved:
+                break
             try:
                 saved = await self._by_its_catalogue(session_id, attempt)
             except StepChangedError:
                 continue
-            return _saved_step(session_id, step_id, saved)
-        raise SessionConflictError
+            except (RequestError, AbsentError, StateError):
+                # What was read may be what the same request has just made of it.
+                saved = request and await self._steps.recall_save(session_id, request)
+                if not saved:
+                    raise
+        if not saved:
+            raise SessionConflictError
+        return _saved_step(session_id, step_id, saved)
 
     async def _save(
         self,
@@ -683,14 +717,14 @@ def get_onboarding_session_manager() -> OnboardingSessionManager:
     return make_manager(connect(settings), settings)
 
 
-def _step(session_id: str, step_id: int, stored: StoredStep) -> Step:
+def _step(session_id: str, step_id: int, stored: StoredStep | Draft) -> Step:
     return Step.compose(
         session_id=session_id,
         step_id=step_id,
         data=stored.data,
         version=stored.version,
         saved_at=stored.saved_at,
-        is_draft=False,
+        is_draft=isinstance(stored, Draft),
     )
 
 
