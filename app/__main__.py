@@ -9,25 +9,24 @@ import sys
 from contextlib import ExitStack
 
 import structlog
-import uvicorn
-from uvicorn.supervisors import Multiprocess
 
 from app import __version__
 from app.logs import configure_logging
+from app.server import CannotListenError, listen, serve
 from app.settings import Settings, SettingsError, load_settings, unknown_variables
 from app.store.embedded import EmbeddedStore, EmbeddedStoreError
 
 log = structlog.get_logger()
 
 REFUSED = 2
-"""Exit status when the environment cannot be used, or the data directory belongs to another."""
-
-GRACE_S = 10
-"""How long requests in flight may go on after the drain, in seconds."""
+"""Exit status when the environment cannot be used: a bad value, a data directory or port in use."""
 
 
 def main() -> int:
     """Serve until told to stop, and return the exit status."""
+    # Until the server takes the signals: end in order, the store last.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
@@ -36,38 +35,16 @@ def main() -> int:
             if settings.store_address is None:
                 store = EmbeddedStore.start(settings.data_dir)
                 stack.callback(store.stop)
-            _serve(settings)
-    except (SettingsError, EmbeddedStoreError) as refused:
+            listener = stack.enter_context(listen(settings.host, settings.port))
+            host, port = listener.getsockname()[:2]
+            workers = settings.web_concurrency
+            log.info("service_started", version=__version__, host=host, port=port, workers=workers)
+            status = serve("app.main:create_app_from_environment", listener, workers)
+            log.info("service_stopped", status=status)
+            return status
+    except (SettingsError, EmbeddedStoreError, CannotListenError) as refused:
         print(f"onboarding-sessions cannot start: {refused}", file=sys.stderr)  # noqa: T201
         return REFUSED
-    return 0
-
-
-def _serve(settings: Settings) -> None:
-    # When it is done, uvicorn sends itself the signal that ended it. By default that would end
-    # this process before the store is stopped.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
-        "app.main:create_app_from_environment",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.web_concurrency,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    with config.bind_socket() as listener:
-        host, port = listener.getsockname()[:2]
-        workers = settings.web_concurrency
-        log.info("service_started", version=__version__, host=host, port=port, workers=workers)
-        if workers == 1:
-            uvicorn.Server(config).run(sockets=[listener])
-        else:
-            Multiprocess(config, sockets=[listener]).run()
-    log.info("service_stopped")
 
 
 def _warn(settings: Settings) -> None:

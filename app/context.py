@@ -1,5 +1,6 @@
-"""The world of one request: who asked under which id, until when, and what it has cost so far."""
+"""The world of one request: its id, until when it may take, what it has cost so far."""
 
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -22,6 +23,11 @@ class RequestContext:
     request_id: str
     deadline_s: float
     meter: Meter = field(default_factory=Meter)
+
+
+def new_request_id() -> str:
+    """Make an id for a request that came without one."""
+    return os.urandom(16).hex()
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("request_context", default=None)

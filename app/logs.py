@@ -59,16 +59,35 @@ def orjson_renderer(_: WrappedLogger, __: str, event: EventDict) -> bytes:
 
 
 def _logger_factory(style: str) -> Callable[..., WrappedLogger]:
-    if style == "console":
-        return structlog.PrintLoggerFactory(sys.stdout)
-    return structlog.BytesLoggerFactory(sys.stdout.buffer)
+    logger = _LineLogger(sys.stdout if style == "console" else sys.stdout.buffer)
+    return lambda *_: logger
+
+
+class _LineLogger:
+    """Writes lines; a log that cannot be written must not stop the service that writes it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def msg(self, line: str | bytes) -> None:
+        end = b"\n" if isinstance(line, bytes) else "\n"
+        try:
+            self._stream.write(line + end)  # type: ignore[operator]
+            self._stream.flush()
+        except (OSError, ValueError):
+            # The disk is full, or nobody reads: there is nowhere left to say so.
+            return
+
+    log = debug = info = warn = warning = error = critical = exception = fatal = msg
 
 
 class _Bridge(logging.Handler):
     """Turns what libraries log through the standard library into events of ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage() if record.name.startswith(_WORDY) else None
+        # One line: what follows is a stack, whose values nobody has looked through.
+        message = record.getMessage().partition("\n")[0]
+        said = message if record.name.startswith(_WORDY) else None
         failure = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         fields = {"logger": record.name, "message": said, "exception": failure}
         structlog.get_logger().log(

@@ -1,6 +1,8 @@
 """The ASGI application."""
 
 import asyncio
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -16,12 +18,14 @@ from app import __version__
 from app.api.middleware import DeadlineMiddleware, ExactCORSMiddleware, RequestMiddleware
 from app.api.problems import ProblemMiddleware, describe_http_exception
 from app.api.routes import build_routes
-from app.errors import StoreError
 from app.logs import configure_logging
 from app.settings import Settings, load_settings
 from app.wiring import AppState, build_services
 
 log = structlog.get_logger()
+
+ORPHAN_GRACE_S = 2.0
+"""How long a worker without its parent finishes requests, in seconds: the store may be gone too."""
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -53,14 +57,10 @@ def _lifespan(settings: Settings) -> Callable[[Starlette], AbstractAsyncContextM
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[AppState]:
         services = build_services(settings)
-        await services.health.start()
-        try:
-            await services.manager.learn_catalogues()
-        except StoreError as away:
-            # The store may come later: the process serves, says that it is down, and heals.
-            log.warning("store_absent_at_start", code=away.code)
+        await services.start()
         _drain_on_sigterm(settings.drain_s, services.health.stop_soon)
-        log.info("process_ready", version=__version__)
+        _end_with_parent()
+        log.info("process_started", version=__version__)
         try:
             yield AppState(services=services, settings=settings)
         finally:
@@ -84,8 +84,28 @@ def _drain_on_sigterm(drain_s: float, announce: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def drain(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(loop.call_later, drain_s, stop, number, frame)
         announce()
         log.info("drain_started", drain_s=drain_s)
-        loop.call_soon_threadsafe(loop.call_later, drain_s, stop, number, frame)
 
     signal.signal(signal.SIGTERM, drain)
+
+
+def _end_with_parent() -> None:
+    """Stop when the process that watches over the workers is gone, whatever ended it.
+
+    It held the embedded store and would have passed on the signals: without it a worker would
+    hold the port for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        loop.remove_reader(parent.sentinel)
+        log.warning("parent_process_lost")
+        os.kill(os.getpid(), signal.SIGINT)
+        loop.call_later(ORPHAN_GRACE_S, os._exit, 1)
+
+    loop.add_reader(parent.sentinel, stop)

@@ -8,6 +8,7 @@ import uvicorn
 from httpx2 import AsyncClient
 
 from app.main import create_app
+from app.server import listen, make_config
 from app.settings import Settings
 
 BASE = "/api/v1/onboarding"
@@ -16,11 +17,8 @@ BASE = "/api/v1/onboarding"
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[AsyncClient]:
     """Serve with these settings for the length of a block; gives a client for it."""
-    config = uvicorn.Config(
-        create_app(settings), port=0, log_config=None, access_log=False, server_header=False
-    )
-    server = uvicorn.Server(config)
-    with config.bind_socket() as listener:
+    server = uvicorn.Server(make_config(create_app(settings)))
+    with listen("127.0.0.1", 0) as listener:
         host, port = listener.getsockname()
         # Not serve(): it would take the signals of the test run.
         task = asyncio.create_task(server._serve(sockets=[listener]))
