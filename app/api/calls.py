@@ -17,7 +17,7 @@ from app.errors import (
     InvalidRequestError,
     InvalidStepDataError,
 )
-from app.onboarding.documents import MAX_FAULTS, Document, json_pointer
+from app.onboarding.documents import Document, json_pointer
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.steps import Precondition
 from app.services.manager import OnboardingSessionManager
@@ -65,7 +65,8 @@ class Call:
                 max_num_fields=50,
             )
         except ValueError:
-            raise InvalidRequestError("The query is not percent-encoded UTF-8") from None
+            detail = "The query is too long, or not percent-encoded UTF-8"
+            raise InvalidRequestError(detail) from None
         if len(dict(pairs)) != len(pairs):
             raise InvalidRequestError("A query parameter may be sent once")
         return dict(pairs)
@@ -89,7 +90,7 @@ class Call:
             faults = [
                 Fault(pointer=json_pointer(each["loc"]), code=each["type"], detail=each["msg"])
                 for each in unfit.errors(include_url=False, include_input=False)
-            ][:MAX_FAULTS]
+            ]
         names = ", ".join(sorted({fault["pointer"][1:] for fault in faults}))
         raise InvalidRequestError(f"Not acceptable: {names}", faults)
 

@@ -62,14 +62,15 @@ def parse_idempotency_key(lines: list[str]) -> str | None:
     )
 
 
-def check_media_type(
-    content_type: str | None, content_encoding: str | None, *, patch: bool
-) -> None:
-    """Raise `UnsupportedMediaTypeError` unless a body is JSON in UTF-8, not compressed."""
+def check_media_type(content_type: str | None, codings: list[str], *, patch: bool) -> None:
+    """Raise `UnsupportedMediaTypeError` unless a body is JSON in UTF-8, not compressed.
+
+    `codings` are the values of Content-Encoding and Transfer-Encoding.
+    """
     accepted = _PATCH_TYPES if patch else _JSON_TYPES
     wanted = " or ".join(sorted(accepted))
-    if content_encoding is not None and content_encoding.strip().lower() != "identity":
-        raise UnsupportedMediaTypeError("Send the body without Content-Encoding")
+    if any(coding.strip().lower() not in {"identity", "chunked"} for coding in codings):
+        raise UnsupportedMediaTypeError("Send the body as it is: no Content-Encoding, no gzip")
     if content_type is None:
         raise UnsupportedMediaTypeError(f"Send a body with Content-Type: {wanted}")
     media_type, *parameters = content_type.split(";")

@@ -1,8 +1,9 @@
 """What surrounds every request: its id, its context, its line in the log, and CORS."""
 
 import asyncio
-import os
+import re
 from collections.abc import Sequence
+from urllib.parse import unquote
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.headers import is_request_id
 from app.api.problems import CLIENT_CLOSED, problem
 from app.clock import monotonic_s
-from app.context import RequestContext, reset_context, set_context
+from app.context import RequestContext, get_context, new_request_id, reset_context, set_context
 from app.errors import DeadlineExceededError
 
 log = structlog.get_logger()
@@ -41,22 +42,37 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        _keep_encoded_slashes(scope)
         begun_s = monotonic_s()
-        sent = Headers(scope=scope).get("x-request-id", "")
-        request_id = sent if is_request_id(sent) else os.urandom(16).hex()
+        headers = Headers(scope=scope)
+        sent = headers.get("x-request-id", "")
+        request_id = sent if is_request_id(sent) else new_request_id()
         context = RequestContext(request_id, begun_s + self._deadline_s)
         status = CLIENT_CLOSED
+
+        waits_for_leave = "expect" in headers
+        read = False
+
+        async def note_body() -> Message:
+            nonlocal read
+            message = await receive()
+            read = not message.get("more_body", False)
+            return message
 
         async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer = MutableHeaders(scope=message)
+                answer["x-request-id"] = request_id
+                if waits_for_leave and not read:
+                    # Whether the body still comes is open: what comes next may be it, or not.
+                    answer["connection"] = "close"
             await send(message)
 
         token = set_context(context)
         try:
-            await self.app(scope, receive, note)
+            await self.app(scope, note_body if waits_for_leave else receive, note)
         except ClientDisconnect:
             status = CLIENT_CLOSED
         finally:
@@ -73,6 +89,13 @@ class RequestMiddleware:
                     **({"session_id": scope[SESSION_ID]} if known else {}),
                 )
             reset_context(token)
+
+
+def _keep_encoded_slashes(scope: Scope) -> None:
+    """Let %2F stand in the decoded path: it is a part of a segment, no separator (RFC 3986 2.2)."""
+    path = scope.get("raw_path", b"").partition(b"?")[0]
+    if b"%2f" in path.lower():
+        scope["path"] = unquote(re.sub(b"(?i)%2f", b"%252F", path).decode("ascii"))
 
 
 class DeadlineMiddleware:
@@ -134,5 +157,11 @@ class _ProblemCORS(CORSMiddleware):
         if response.status_code < 400:
             return response
         detail = "The preflight asks for a method or a header that is not allowed here"
-        scope = {"raw_path": b"*"}
-        return problem(scope, "invalid_header", detail, headers={"vary": "Origin"})
+        context = get_context()
+        return problem(
+            "invalid_header",
+            detail,
+            instance=None,
+            request_id=None if context is None else context.request_id,
+            headers={"vary": "Origin"},
+        )

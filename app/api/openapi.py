@@ -215,7 +215,7 @@ _PARAMETERS: dict[str, Any] = {
         "Idempotency-Key",
         "header",
         "The same key and request again: the first answer again, for 24 hours",
-        "^[A-Za-z0-9._~-]{1,255}$",
+        r'^([A-Za-z0-9._~-]{1,255}|"([ !#-\[\]-~]|\\["\\]){1,255}")$',
     ),
     "X-Request-ID": _parameter(
         "X-Request-ID", "header", "Your name for the request", "^[A-Za-z0-9._-]{1,128}$"

@@ -73,24 +73,24 @@ KINDS: dict[str, Kind] = {
 
 
 def problem(
-    scope: Scope,
     code: str,
     detail: str,
     *,
+    instance: str | None,
+    request_id: str | None,
     headers: dict[str, str] | None = None,
     **members: Any,
 ) -> Response:
     """Make the answer for a code, with further `members` beside the standard ones."""
     kind = KINDS[code]
-    context = get_context()
     body = {
         "type": f"urn:onboarding:problem:{code}",
         "title": kind.title,
         "status": kind.status,
         "detail": detail,
-        "instance": _path(scope),
+        "instance": instance,
         "code": code,
-        "request_id": None if context is None else context.request_id,
+        "request_id": request_id,
         **members,
     }
     headers = {"cache-control": "no-store", **(headers or {})}
@@ -108,21 +108,22 @@ def describe(scope: Scope, error: OnboardingError) -> Response:
         members["current_version"] = error.current_version
     if isinstance(error, StepsMissingError):
         members["missing"] = error.missing
-    return problem(scope, error.code, error.detail, **members)
+    return _problem_here(scope, error.code, error.detail, **members)
 
 
 async def describe_http_exception(request: Request, error: Exception) -> Response:
     """Make the answer for what the router says: no such path, no such method."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
-        allow = (getattr(error, "headers", None) or {}).get("Allow", "")
+    if isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allow = (error.headers or {}).get("Allow", "")
         detail = f"Allowed here: {allow}"
-        return problem(request.scope, "method_not_allowed", detail, headers={"allow": allow})
-    return problem(request.scope, "not_found", "No such path; /docs lists those that there are")
+        headers = {"allow": allow}
+        return _problem_here(request.scope, "method_not_allowed", detail, headers=headers)
+    detail = "No such path; /docs lists those that there are"
+    return _problem_here(request.scope, "not_found", detail)
 
 
 class ProblemMiddleware:
-    """Turns errors into answers, and gives up on a request that takes too long."""
+    """Turns errors into answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -151,7 +152,7 @@ class ProblemMiddleware:
         except Exception as error:  # noqa: BLE001 - the last resort, so that nobody sees a stack
             log.error("request_crashed", exception=type(error).__name__, at=_frames(error))
             detail = "Something went wrong here; the operators find it by the request_id"
-            response = problem(scope, "internal_error", detail)
+            response = _problem_here(scope, "internal_error", detail)
         else:
             return
         if begun:
@@ -159,9 +160,12 @@ class ProblemMiddleware:
         await response(scope, receive, send)
 
 
-def _path(scope: Scope) -> str:
-    # As it was sent, so that it is a URI reference; ASCII by the protocol.
-    return (scope.get("raw_path") or b"/").decode("ascii", "replace").partition("?")[0]
+def _problem_here(scope: Scope, code: str, detail: str, **members: Any) -> Response:
+    context = get_context()
+    # The path as it was sent is a URI reference; ASCII by the protocol.
+    path = (scope.get("raw_path") or b"/").decode("ascii", "replace").partition("?")[0]
+    request_id = None if context is None else context.request_id
+    return problem(code, detail, instance=path, request_id=request_id, **members)
 
 
 def _frames(error: BaseException) -> list[str]:

@@ -25,7 +25,7 @@ class CreateSession(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    workspace_id: Annotated[str, _OWNER]
+    workspace_id: Annotated[str, _OWNER] | None = None
     user_id: Annotated[str, _OWNER] | None = None
     language: str = "en"
     metadata: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ from app.api.operations import Answer, Body, Operation
 from app.errors import DraftNotFoundError, InvalidStepDataError, StepNotFoundError
 from app.onboarding.catalogue import parse_step_id
 from app.onboarding.documents import Document
-from app.onboarding.steps import DeletedDraft, DeletedStep, SavedStep, SavedSteps, StepView
+from app.onboarding.steps import DeletedStep, DroppedDraft, SavedStep, SavedSteps, StepView
 
 _BASE = "/api/v1/onboarding/{id}"
 
@@ -100,7 +100,9 @@ async def get_draft(call: Call) -> Response:
 
 async def delete_draft(call: Call) -> Response:
     """Drop a draft."""
-    return call.answer(await call.manager.delete_draft(call.session_id, call.step_id))
+    draft = await call.manager.delete_draft(call.session_id, call.step_id)
+    named = {"success": True, "session_id": call.session_id, "step_id": call.step_id}
+    return call.answer({**named, **(draft or {})})
 
 
 async def promote_draft(call: Call) -> Response:
@@ -274,7 +276,7 @@ OPERATIONS = [
         name="delete_draft",
         summary="Drop a draft",
         tag="Drafts",
-        answers=[Answer(description="Dropped", schema=DeletedDraft)],
+        answers=[Answer(description="Dropped", schema=DroppedDraft)],
         errors=["draft_not_found", "session_finalized"],
     ),
     Operation(

@@ -1,0 +1,399 @@
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from typing import Any
+
+import orjson
+import pytest
+from httpx2 import AsyncClient, Response
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from app import __version__
+from app.api.operations import Operation
+from app.api.problems import KINDS
+from app.api.routes import OPERATIONS
+from tests.api_schema.walk import described, resolve, validator_of
+from tests.service import BASE
+
+SESSION = BASE + "/{id}"
+STEP = SESSION + "/steps/{n}"
+
+STORE = {"store_unavailable", "overloaded", "store_full", "store_readonly", "deadline_exceeded"}
+BODY = {"malformed_json", "payload_too_large", "unsupported_media_type"}
+KEY = {"invalid_idempotency_key", "idempotency_mismatch", "idempotency_in_progress"}
+PATH = {"session_not_found"}
+NUMBER = {"session_not_found", "invalid_step_id"}
+IF = {"invalid_header", "version_conflict"}
+SAVE = STORE | BODY | NUMBER | {"session_finalized", "invalid_step_data"}
+
+# Sections 3.1 and 3.5 of the contract, `/metrics` aside, with the errors that they name.
+CONTRACT: dict[tuple[str, str], set[str]] = {
+    ("POST", f"{BASE}/session"): STORE | BODY | KEY | {"invalid_request"},
+    ("GET", SESSION): PATH,
+    ("DELETE", SESSION): PATH | STORE,
+    ("POST", STEP): SAVE | KEY | IF,
+    ("PUT", STEP): SAVE | KEY | IF,
+    ("PATCH", STEP): SAVE | KEY | IF | {"step_not_found", "session_conflict"},
+    ("GET", STEP): NUMBER | {"step_not_found", "invalid_header"},
+    ("DELETE", STEP): STORE | NUMBER | IF | {"step_not_found", "session_finalized"},
+    ("POST", f"{SESSION}/steps"): SAVE,
+    ("GET", f"{SESSION}/steps"): PATH | {"corrupt_record"},
+    ("PUT", f"{STEP}/draft"): SAVE,
+    ("GET", f"{STEP}/draft"): NUMBER | {"draft_not_found"},
+    ("DELETE", f"{STEP}/draft"): STORE | NUMBER | {"draft_not_found", "session_finalized"},
+    ("POST", f"{STEP}/draft/promote"): SAVE - BODY | {"draft_not_found", "session_conflict"},
+    ("GET", f"{SESSION}/progress"): PATH,
+    ("GET", f"{SESSION}/summary"): PATH,
+    ("POST", f"{SESSION}/finalize"): STORE
+    | BODY
+    | KEY
+    | PATH
+    | {"nothing_to_finalize", "steps_missing", "session_conflict", "corrupt_record"},
+    ("GET", f"{SESSION}/export"): PATH | {"export_not_found", "invalid_header"},
+    ("POST", f"{SESSION}/reopen"): STORE | PATH | {"not_finalized", "generation_running"},
+    **{("GET", path): set() for path in (f"{BASE}/steps", "/livez", "/health", "/healthz")},
+    **{("GET", path): set() for path in ("/readyz", "/openapi.json", "/docs")},
+}
+
+
+def operations() -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (method.upper(), path): operation
+        for path, methods in described()["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def parameters_of(operation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in map(resolve, operation["parameters"])}
+
+
+# --- The document ---------------------------------------------------------------------------------
+
+
+async def test_the_served_document_is_the_one_that_describes_the_operations(
+    api: AsyncClient,
+) -> None:
+    response = await api.get("/openapi.json")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == described()
+
+
+def test_the_document_is_valid_openapi_3_1() -> None:
+    assert described()["openapi"].startswith("3.1.")
+    assert list(OpenAPIV31SpecValidator(described()).iter_errors()) == []
+
+
+def test_the_document_carries_the_version_of_the_service() -> None:
+    assert described()["info"]["version"] == __version__
+
+
+def test_every_route_is_in_the_document_and_nothing_else() -> None:
+    routed = {(method, each.path) for each in OPERATIONS for method in each.methods}
+    assert set(operations()) == routed
+
+
+def test_every_call_of_the_contract_is_in_the_document() -> None:
+    assert set(CONTRACT) - set(operations()) == set()
+
+
+def test_every_operation_has_a_name_of_its_own_and_says_what_it_does() -> None:
+    named = [operation["operationId"] for operation in operations().values()]
+    assert max(Counter(named).values()) == 1
+    known_tags = {tag["name"] for tag in described()["tags"]}
+    for operation in operations().values():
+        assert re.fullmatch(r"[a-z_]+", operation["operationId"])
+        assert operation["summary"]
+        assert set(operation["tags"]) <= known_tags
+
+
+def test_every_error_code_is_described_at_its_status() -> None:
+    responses = described()["components"]["responses"]
+    for code, kind in KINDS.items():
+        response = responses[f"Problem{kind.status}"]
+        assert f"`{code}`" in response["description"]
+        assert kind.title in response["description"]
+        assert list(response["content"]) == ["application/problem+json"]
+
+
+@pytest.mark.parametrize("call", CONTRACT, ids=" ".join)
+def test_every_error_that_the_contract_names_for_a_call_is_described_there(
+    call: tuple[str, str],
+) -> None:
+    responses = operations()[call]["responses"]
+    assert {str(KINDS[code].status) for code in CONTRACT[call]} - set(responses) == set()
+    for status, response in responses.items():
+        if int(status) >= 400 and call[1].startswith("/api/"):
+            assert list(resolve(response)["content"]) == ["application/problem+json"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
+def test_an_operation_describes_what_it_takes(operation: Operation) -> None:
+    for method in operation.methods:
+        written = operations()[(method, operation.path)]
+        parameters = parameters_of(written)
+        in_path = {name for name, each in parameters.items() if each["in"] == "path"}
+        assert in_path == set(re.findall(r"\{(\w+)\}", operation.path))
+        assert all(each["required"] for each in parameters.values() if each["in"] == "path")
+        headers = {name for name, each in parameters.items() if each["in"] == "header"}
+        expected = {"X-Request-ID", *operation.preconditions}
+        assert headers == expected | ({"Idempotency-Key"} if operation.idempotency_key else set())
+        assert ("requestBody" in written) == (operation.body is not None)
+        assert all(each["description"] for each in parameters.values())
+
+
+def test_a_patch_may_come_as_a_merge_patch_and_nothing_else_may() -> None:
+    taken = {
+        call: set(operation["requestBody"]["content"])
+        for call, operation in operations().items()
+        if "requestBody" in operation
+    }
+    assert taken.pop(("PATCH", STEP)) == {"application/json", "application/merge-patch+json"}
+    assert all(each == {"application/json"} for each in taken.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Idempotency-Key", "key-1"),
+        ("Idempotency-Key", '"key-1"'),
+        ("Idempotency-Key", '"a \\"quoted\\" key"'),
+        ("If-Match", '"3"'),
+        ("If-Match", '"3", W/"4"'),
+        ("If-Match", "*"),
+        ("X-Request-ID", "a.b-c_1"),
+        ("n", "23"),
+        ("id", "7b4f3c1e-9d2a-4b6c-8e1f-0a2b3c4d5e6f"),
+    ],
+)
+def test_what_the_contract_takes_as_a_parameter_the_document_allows(name: str, value: str) -> None:
+    schema = described()["components"]["parameters"][name]["schema"]
+    assert validator_of(schema).is_valid(value)
+
+
+@pytest.mark.parametrize(
+    ("body", "allowed"),
+    [
+        ({"workspace_id": "w1"}, True),
+        ({"workspace_id": "w1", "user_id": "u", "language": "pt-BR", "metadata": {}}, True),
+        ({"workspace_id": "w1", "unknown": [1]}, True),
+        ({}, True),  # the query may say the rest
+        ({"language": "en"}, True),
+        ({"workspace_id": 1}, False),
+        ({"workspace_id": ""}, False),
+        ({"workspace_id": "w" * 129}, False),
+        ({"workspace_id": "w1", "metadata": []}, False),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_the_body_that_makes_a_session_is_described_as_it_is_checked(
+    body: Any, allowed: bool
+) -> None:
+    content = operations()[("POST", f"{BASE}/session")]["requestBody"]["content"]
+    assert validator_of(content["application/json"]["schema"]).is_valid(body) == allowed
+
+
+# --- The page for people --------------------------------------------------------------------------
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, where it leads, and whether its elements nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.add(tag)
+        for name, value in attrs:
+            if name in {"src", "srcset", "data", "poster", "action", "background"}:
+                self.loads.append(value or "")
+            if name == "href":
+                (self.links if tag == "a" else self.loads).append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+            assert not name.startswith("on")
+            assert name != "style"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+async def test_the_page_for_people_names_every_path_and_loads_nothing(api: AsyncClient) -> None:
+    response = await api.get("/docs")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/html")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert "*" not in policy
+
+    page = Page(response.text)
+    assert page.open == []
+    assert page.loads == []
+    assert page.elements.isdisjoint({"script", "iframe", "object", "embed", "base", "form", "link"})
+    assert "@import" not in response.text
+    assert "url(" not in response.text
+    assert max(Counter(page.ids).values()) == 1
+    for link in page.links:
+        assert link == "/openapi.json" or link.removeprefix("#") in page.ids
+
+    for path, methods in described()["paths"].items():
+        assert f"<code>{path}</code>" in response.text
+        for operation in methods.values():
+            assert operation["summary"] in response.text
+    for name in described()["components"]["schemas"]:
+        assert name in page.ids
+
+
+async def test_the_page_for_people_describes_every_error_of_a_call(api: AsyncClient) -> None:
+    text = (await api.get("/docs")).text
+    for code in set().union(*CONTRACT.values()):
+        assert f"<code>{code}</code>" in text
+
+
+# --- Real answers against the document ------------------------------------------------------------
+
+
+class Walker:
+    """Walks through the API and holds every answer against the document."""
+
+    def __init__(self, api: AsyncClient) -> None:
+        self._api = api
+        self.session_id = ""
+        self.seen: set[tuple[str, str, int]] = set()
+
+    async def __call__(
+        self, method: str, path: str, status: int, *, step: int = 1, **request: Any
+    ) -> Any:
+        """Send a request to a path of the document, check the answer, and return its JSON."""
+        target = path.replace("{id}", self.session_id).replace("{n}", str(step))
+        response = await self._api.request(method, target, **request)
+        assert response.status_code == status, response.text
+        self._check(operations()[(method, path)], response)
+        self.seen.add((method, path, status))
+        return response.json() if response.content else None
+
+    def _check(self, operation: dict[str, Any], response: Response) -> None:
+        described_as = resolve(operation["responses"][str(response.status_code)])
+        headers = set(described_as["headers"])
+        assert "x-request-id" in response.headers
+        for name in ("ETag", "Location", "Idempotent-Replayed"):
+            if name in response.headers:
+                assert name in headers
+        for name in headers - {"Idempotent-Replayed"}:
+            assert name in response.headers
+        content = described_as.get("content")
+        if content is None:
+            assert response.content == b""
+            return
+        media_type = response.headers["content-type"].partition(";")[0]
+        answer = orjson.loads(response.content)
+        faults = validator_of(content[media_type]["schema"], closed=True).iter_errors(answer)
+        assert [(each.instance_path, each.message) for each in faults] == []
+
+
+DATA = {"data": {"company_name": "Test Corp", "n": 1.5, "nested": {"a": [None, True, {}]}}}
+
+
+async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: AsyncClient) -> None:
+    walk = Walker(api)
+    await walk("GET", f"{BASE}/steps", 200)
+    made = await walk(
+        "POST",
+        f"{BASE}/session",
+        201,
+        json={"workspace_id": "w1", "user_id": "u1", "metadata": {"plan": {"n": 1}}},
+        headers={"idempotency-key": "k1"},
+    )
+    walk.session_id = made["session_id"]
+    await walk("GET", SESSION, 200)
+    await walk("GET", f"{SESSION}/summary", 200)
+    await walk("POST", f"{SESSION}/finalize", 409)
+    await walk("POST", f"{SESSION}/reopen", 409)
+    await walk("GET", f"{SESSION}/export", 404)
+
+    for _ in range(2):
+        await walk("POST", STEP, 200, json=DATA, headers={"idempotency-key": "k2"})
+    await walk("PUT", STEP, 200, json=DATA, headers={"if-match": '"1"'})
+    await walk("PUT", STEP, 412, json=DATA, headers={"if-match": '"1"'})
+    await walk("POST", STEP, 412, step=2, json=DATA, headers={"if-match": "*"})
+    await walk("POST", STEP, 400, json=DATA, headers={"if-match": "x"})
+    await walk("POST", STEP, 400, content=b"{", headers={"content-type": "application/json"})
+    await walk("POST", STEP, 413, json={"data": {"a": "x" * 300_000}})
+    await walk("POST", STEP, 415, content=b"a", headers={"content-type": "text/plain"})
+    await walk("POST", STEP, 422, json={"data": {}})
+    await walk("POST", STEP, 422, step=24, json=DATA)
+    await walk("GET", STEP, 200)
+    await walk("GET", STEP, 304, headers={"if-none-match": '"2"'})
+    await walk("GET", STEP, 404, step=2)
+    await walk("PATCH", STEP, 200, json={"nested": None, "more": 1})
+    await walk("PATCH", STEP, 404, step=2, json={"a": 1})
+    await walk("POST", f"{SESSION}/steps", 200, json={"steps": {"2": {"a": 1}, "3": {"b": 2}}})
+    await walk("POST", f"{SESSION}/steps", 422, json={"steps": {"2": {"a": 1}, "x": {"b": 2}}})
+    await walk("GET", f"{SESSION}/steps", 200)
+    await walk("DELETE", STEP, 412, step=2, headers={"if-match": '"9"'})
+    await walk("DELETE", STEP, 200, step=2)
+    await walk("DELETE", STEP, 404, step=2)
+
+    await walk("PUT", f"{STEP}/draft", 200, step=2, json={"data": {}})
+    await walk("PUT", f"{STEP}/draft", 200, step=1, json=DATA)
+    await walk("GET", f"{STEP}/draft", 200, step=1)
+    await walk("DELETE", f"{STEP}/draft", 200, step=1)
+    await walk("DELETE", f"{STEP}/draft", 404, step=1)
+    await walk("POST", f"{STEP}/draft/promote", 404, step=1)
+    await walk("POST", f"{STEP}/draft/promote", 422, step=2)
+    await walk("PUT", f"{STEP}/draft", 200, step=4, json=DATA)
+    await walk("POST", f"{STEP}/draft/promote", 200, step=4)
+    await walk("GET", f"{SESSION}/summary", 200)
+    await walk("GET", f"{SESSION}/progress", 200)
+
+    first = await walk("POST", f"{SESSION}/finalize", 200, headers={"idempotency-key": "k3"})
+    assert first == await walk("POST", f"{SESSION}/finalize", 200, json={"force": True})
+    await walk("POST", f"{SESSION}/finalize", 200, headers={"idempotency-key": "k3"})
+    await walk("POST", STEP, 409, json=DATA)
+    await walk("PUT", f"{STEP}/draft", 409, json=DATA)
+    export = await walk("GET", f"{SESSION}/export", 200)
+    etag = f'"{export["checksum"]}"'
+    await walk("GET", f"{SESSION}/export", 304, headers={"if-none-match": etag})
+    await walk("GET", SESSION, 200)
+    await walk("POST", f"{SESSION}/reopen", 200)
+    await walk("GET", f"{SESSION}/progress", 200)
+    await walk("DELETE", SESSION, 200)
+    await walk("GET", SESSION, 404)
+    await walk("DELETE", SESSION, 404)
+
+    for probe in ("/livez", "/health", "/healthz", "/readyz"):
+        await walk("GET", probe, 200)
+
+    succeeded = {(method, path) for method, path, status in walk.seen if status < 300}
+    assert set(operations()) - succeeded == {("GET", "/openapi.json"), ("GET", "/docs")}
+
+
+async def test_what_is_no_call_at_all_is_a_problem_as_the_document_describes_it(
+    api: AsyncClient,
+) -> None:
+    responses = described()["components"]["responses"]
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("GET", f"{BASE}/steps/", 404),
+        ("POST", "/health", 405),
+        ("TRACE", f"{BASE}/steps", 405),
+    ):
+        response = await api.request(method, path)
+        assert response.status_code == status
+        assert response.headers["content-type"] == "application/problem+json"
+        schema = responses[f"Problem{status}"]["content"]["application/problem+json"]["schema"]
+        assert validator_of(schema, closed=True).is_valid(response.json())
