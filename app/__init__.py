@@ -5,7 +5,7 @@ finalize freezes them into an export; a generator turns the export into a docume
 
     request -> api -> services -> store -> Redis      imports point one way:
                 |        |          |                 api -> services -> store -> onboarding
-                '--------+----------'--> onboarding   everyone may use: errors, clock, context
+                '--------+----------'--> onboarding   everyone may use: errors, clock
 
     onboarding/   the rules: what a session is, what may happen to it, what it looks like. Pure
     store/        every key, every Lua script, every retry, the embedded server
@@ -16,12 +16,13 @@ finalize freezes them into an export; a generator turns the export into a docume
     errors        everything that can go wrong        clock     the only place that asks the time
     context       the world of one request            logs      one event a line
     wiring        which object gets which other       main      the ASGI application
+    server        uvicorn, with what it says by itself said our way
     __main__      the process: store first up, last down
 
-A feature has the same file name in every ring it lives in: `ls app/*/steps.*` is the whole feature.
-Two things sit where the first plan had them elsewhere: the JSON that is kept exactly is a rule of
-its own (`onboarding/documents`), because HTTP and Python callers must be held to the same one; and
-`address` stands beside `settings`, because a bad URL is a bad setting, found before Redis is.
+A feature has the same file name in every ring it lives in (`ls app/*/steps.*`); the manager has all
+of them, because callers know one class by that name. The JSON that is kept exactly is a rule of its
+own (`onboarding/documents`), because HTTP and Python callers are held to the same one; `address`
+stands beside `settings`, because a bad URL is a bad setting, found before Redis is.
 """
 
 __version__ = "0.1.0"

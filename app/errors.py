@@ -1,7 +1,7 @@
 """Everything that can go wrong, by the code that callers see.
 
-Every error of the product is an `OnboardingError`. Its `code` is stable and its message says what
-was wrong and what would be right; it never holds an answer of a user, a secret or an address.
+Whatever goes wrong with a session is an `OnboardingError`. Its `code` is stable, its message says
+what was wrong and what would be right; it never holds an answer of a user, a secret or an address.
 Which HTTP status a code has is the business of `app/api/problems.py`.
 """
 
@@ -33,7 +33,7 @@ class OnboardingError(Exception):
 
 
 class RequestError(OnboardingError):
-    """The request itself is at fault; nothing was looked up or changed."""
+    """The request itself is at fault; nothing was changed."""
 
     code = "invalid_request"
 

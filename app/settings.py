@@ -22,12 +22,12 @@ from app.onboarding.catalogue import Catalogue
 
 PREFIX = "ONBOARDING_"
 
-LONGEST_LIFE_S = 100 * 365 * 86400
-"""Longest life of a session, in seconds: 100 years. Beyond it a deadline may leave the calendar."""
+LONGEST_LIFE_S = 1000 * 365 * 86400
+"""Longest life that is counted, in seconds: 1,000 years. A deadline must stay in the calendar."""
 
 _PACKAGED_STEPS = Path(__file__).parent / "onboarding" / "catalogue.json"
 
-Life = Annotated[int, Field(ge=1, le=LONGEST_LIFE_S)]
+Life = Annotated[int, Field(ge=1), AfterValidator(lambda life_s: min(life_s, LONGEST_LIFE_S))]
 
 
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
@@ -46,6 +46,17 @@ def _store_url(url: SecretStr | None) -> SecretStr | None:
     if url is not None:
         parse_store_url(url.get_secret_value())
     return url
+
+
+def _host(host: str | None) -> str | None:
+    if host is not None and not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host):
+        raise ValueError("a host name or an IP address alone; the port goes into REDIS_PORT")
+    return host
+
+
+def _port(port: object) -> object:
+    # Kubernetes sets REDIS_PORT=tcp://... beside a service that is called redis.
+    return 6379 if isinstance(port, str) and port.startswith("tcp://") else port
 
 
 def _steps_file(path: Path) -> Path:
@@ -76,8 +87,12 @@ class Settings(BaseSettings):
     redis_url: Annotated[SecretStr | None, AfterValidator(_store_url)] = Field(
         None, validation_alias="REDIS_URL"
     )
-    redis_host: str | None = Field(None, validation_alias="REDIS_HOST")
-    redis_port: int = Field(6379, validation_alias="REDIS_PORT", ge=1, le=65535)
+    redis_host: Annotated[str | None, AfterValidator(_host)] = Field(
+        None, validation_alias="REDIS_HOST"
+    )
+    redis_port: Annotated[int, BeforeValidator(_port)] = Field(
+        6379, validation_alias="REDIS_PORT", ge=1, le=65535
+    )
     redis_db: int = Field(0, validation_alias="REDIS_DB", ge=0)
     upstash_redis_url: SecretStr | None = Field(None, validation_alias="UPSTASH_REDIS_URL")
     upstash_redis_token: SecretStr | None = Field(None, validation_alias="UPSTASH_REDIS_TOKEN")
@@ -173,10 +188,11 @@ def load_settings(**overrides: Any) -> Settings:
             break
         faults += [_describe(fault["loc"], fault["msg"]) for fault in found]
         wrong = {_field_of(str(fault["loc"][0])) for fault in found if fault["loc"]}
-        if not wrong:
+        # The rules that look at several variables are about the store.
+        if not wrong or any("redis" in name for name in wrong):
             break
-        # Rules that look at several variables are asked only when each one is fine by itself:
-        # look again with the defaults in the place of those that are not.
+        # They are asked only when each variable is fine by itself: look again with the defaults
+        # in the place of those that are not.
         overrides |= {name: Settings.model_fields[name].default for name in wrong}
     if faults:
         raise SettingsError("; ".join(faults))
@@ -201,9 +217,12 @@ def _describe(location: tuple[int | str, ...], message: str) -> str:
     message = message.removeprefix("Value error, ")
     if not location:
         return message
-    name = str(location[0])
-    variable = variable_of(name) if name in Settings.model_fields else name
-    return f"{variable}: {_NOT_BUILT.get(variable, message)}"
+    name = _field_of(str(location[0]))
+    variable = variable_of(name)
+    if name == "session_ttl_s" and variable not in os.environ and "SESSION_TTL" in os.environ:
+        variable = "SESSION_TTL"
+    message = _NOT_BUILT.get(variable, " ".join(message.split()))
+    return f"{variable}: {message}"
 
 
 def _field_of(location: str) -> str:

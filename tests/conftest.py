@@ -1,8 +1,10 @@
 """What every test may ask for: a store (real and fake), a manager on it, a service on it."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,20 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(variable_of(name), raising=False)
     monkeypatch.delenv("SESSION_TTL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def hasty_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the waits out of servers that tests start and stop in their own loop.
+
+    uvicorn looks ten times a second whether it should end, and waits a tenth before it does.
+    """
+
+    def nap(delay_s: float) -> Coroutine[Any, Any, None]:
+        return asyncio.sleep(delay_s / 20)
+
+    hasty = SimpleNamespace(**{**vars(asyncio), "sleep": nap})
+    monkeypatch.setattr("uvicorn.server.asyncio", hasty)
 
 
 @pytest.fixture(scope="session")
