@@ -53,7 +53,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as refused:
-        reason = refused.strerror or "no such address"
+        reason = (refused.strerror or "no such address").partition(" (")[0]
         raise CannotListenError(f"HOST, PORT: cannot listen there ({reason})") from None
     listener.set_inheritable(True)
     # Connections inherit it. uvloop sets it anyway; asyncio only where the socket names its
