@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from app.errors import (
     DraftNotFoundError,
+    NothingToFinalizeError,
     OnboardingError,
     SessionConflictError,
     SessionFinalizedError,
@@ -399,6 +400,7 @@ async def test_writes_that_race_a_delete_leave_no_key(
         StepNotFoundError,
         SessionFinalizedError,
         SessionConflictError,
+        NothingToFinalizeError,  # when the only step was deleted just before
     )
 
     async def write(number: int) -> None:
