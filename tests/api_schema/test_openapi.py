@@ -26,7 +26,7 @@ NUMBER = {"session_not_found", "invalid_step_id"}
 IF = {"invalid_header", "version_conflict"}
 SAVE = STORE | BODY | NUMBER | {"session_finalized", "invalid_step_data"}
 
-# Sections 3.1 and 3.5 of the contract, `/metrics` aside, with the errors that they name.
+# Every call that clients rely on, with the errors that they are told of.
 CONTRACT: dict[tuple[str, str], set[str]] = {
     ("POST", f"{BASE}/session"): STORE | BODY | KEY | {"invalid_request"},
     ("GET", SESSION): PATH,

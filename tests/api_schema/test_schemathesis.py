@@ -140,7 +140,7 @@ def drop_what_means_nothing(case: Case[Any]) -> None:
         # In the cases that cover the schema Schemathesis sends a 0 where it wants a tag, and then
         # nothing behind the headers would be looked at.
         intended = is_drawn(case) or data.parameter == name
-        # One that cannot be taken over is replaced, not refused: section 3 of the contract.
+        # One that cannot be taken over is replaced, not refused.
         if name == "X-Request-ID" or not intended:
             del case.headers[name]
 

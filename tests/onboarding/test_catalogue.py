@@ -16,7 +16,7 @@ from tests.onboarding.json_texts import spell
 CANARY = "canary-4711"
 """An answer of a user. Nothing that is said about it may repeat it."""
 
-# Section 5 of the contract, as it stands there.
+# The packaged steps as clients know them.
 PACKAGED = (
     "1 Evidence Vault (1) · 2 Brand Synthesis (1) · 3 Strategic Integrity (1) ·"
     " 4 Truth Confirmation (1) · 5 The Offer (2) · 6 Market Intelligence (3) ·"

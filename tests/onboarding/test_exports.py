@@ -20,7 +20,7 @@ from tests.onboarding.json_texts import integers, objects, same, spell, texts
 CATALOGUE = Catalogue.parse(files("app.onboarding").joinpath("catalogue.json").read_bytes())
 AT_MS = 1_769_847_300_250
 
-# What the contract shows of B, in the order of the contract.
+# What clients are promised of an export, in this order.
 MEMBERS = [
     *("version", "revision", "generated_at", "session_id", "catalogue_version", "metadata"),
     *("progress", "steps", "raw_step_data", "complete", "missing_steps", "checksum"),
