@@ -142,6 +142,23 @@ class TestAfterAnAcceptedWrite:
         clock.shift(1.02 * HOUR_S)
         assert await names_of_keys(gateway, session_id) == set()
 
+    async def test_an_idempotency_record_lives_on_with_a_session_of_less_than_a_day(
+        self, fake: MakePlace, clock: time_machine.Traveller
+    ) -> None:
+        manager, _gateway = fake(session_ttl_s=HOUR_S)
+        session_id = await prepare(manager)
+        first = await manager.save_step(session_id, 5, {"a": 1}, request=keyed())
+        for _ in range(26):
+            clock.shift(0.9 * HOUR_S)
+            await manager.update_progress(session_id, 0)
+            again = keyed()
+            assert await manager.save_step(session_id, 5, {"a": 1}, request=again) == first
+            assert again.replayed
+        clock.shift(0.9 * HOUR_S)
+        later = keyed()
+        assert (await manager.save_step(session_id, 5, {"a": 1}, request=later))["version"] == 2
+        assert not later.replayed
+
     async def test_an_idempotency_record_lives_a_day_where_the_session_lives_a_week(
         self, fake: MakePlace, clock: time_machine.Traveller
     ) -> None:

@@ -124,15 +124,26 @@ local function move_deadline()
       redis.call('PEXPIREAT', prefix .. 'step:' .. step, deadline)
     end
   end
+  if lifetime_ms < IDEMPOTENCY_MS then
+    -- A record that had to end with a short-lived session lives on with it, up to its own end.
+    local fields = redis.call('HGETALL', OPS)
+    for i = 1, #fields, 2 do
+      if string.sub(fields[i], 1, 4) == 'key:' then
+        redis.call('PEXPIREAT', string.sub(fields[i], 5),
+          whole(math.min(tonumber(fields[i + 1]), deadline_ms)))
+      end
+    end
+  end
 end
 
 -- Remember the reply and return it. `kept` is what the Idempotency-Key answers, if not the reply.
 local function answer(reply, kept)
   redis.call('HSET', OPS, whole(turn) .. ':' .. operation, cjson.encode(reply), 'turn', whole(turn))
   if idempotency then
-    local until_ms = whole(math.min(now_ms + IDEMPOTENCY_MS, deadline_ms))
-    redis.call('SET', idempotency, fingerprint .. cjson.encode(kept or reply), 'PXAT', until_ms)
-    redis.call('HSET', OPS, 'key:' .. idempotency, until_ms)
+    local end_ms = now_ms + IDEMPOTENCY_MS
+    redis.call('SET', idempotency, fingerprint .. cjson.encode(kept or reply), 'PXAT',
+      whole(math.min(end_ms, deadline_ms)))
+    redis.call('HSET', OPS, 'key:' .. idempotency, whole(end_ms))
   end
   if memory[3] ~= whole(turn) then
     forget_older_turns()
