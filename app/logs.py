@@ -59,20 +59,21 @@ def orjson_renderer(_: WrappedLogger, __: str, event: EventDict) -> bytes:
 
 
 def _logger_factory(style: str) -> Callable[..., WrappedLogger]:
-    logger = _LineLogger(sys.stdout if style == "console" else sys.stdout.buffer)
+    console = style == "console"
+    logger = _LineLogger(sys.stdout, "\n") if console else _LineLogger(sys.stdout.buffer, b"\n")
     return lambda *_: logger
 
 
 class _LineLogger:
     """Writes lines; a log that cannot be written must not stop the service that writes it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, end: str | bytes) -> None:
         self._stream = stream
+        self._end = end
 
-    def msg(self, line: str | bytes) -> None:
-        end = b"\n" if isinstance(line, bytes) else "\n"
+    def msg(self, line: Any) -> None:
         try:
-            self._stream.write(line + end)  # type: ignore[operator]
+            self._stream.write(line + self._end)
             self._stream.flush()
         except (OSError, ValueError):
             # The disk is full, or nobody reads: there is nowhere left to say so.

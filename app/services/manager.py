@@ -278,7 +278,8 @@ class OnboardingSessionManager:
         async def save(catalogue: Catalogue) -> Saved:
             for number, data in answers.items():
                 catalogue.check_step_id(number, f"/steps/{number}")
-                self._check_answers(catalogue, number, data, f"/steps/{number}")
+                self._check_size(data)
+                catalogue.check_data(number, data, f"/steps/{number}")
             return await self._save(session_id, answers, catalogue, request=request)
 
         saved = await self._by_its_catalogue(session_id, save)
