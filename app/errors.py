@@ -139,6 +139,24 @@ class ExportNotFoundError(AbsentError):
         super().__init__("The session has no export yet; finalize makes it")
 
 
+class ResultNotFoundError(AbsentError):
+    """No generator has stored a result."""
+
+    code = "result_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("The session has no result yet; a generator stores it")
+
+
+class UploadNotFoundError(AbsentError):
+    """The session was not made with a file."""
+
+    code = "upload_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("The session has no file; only one that was made by an upload has")
+
+
 # --- The session's state forbids it ---------------------------------------------------------------
 
 
@@ -191,6 +209,34 @@ class GenerationRunningError(StateError):
 
     def __init__(self) -> None:
         super().__init__("A generator is working on the export; reopen when it has ended")
+
+
+class InvalidTransitionError(StateError):
+    """The status may not follow the current one, which is `current`."""
+
+    code = "invalid_transition"
+
+    def __init__(self, current: str, wanted: str) -> None:
+        super().__init__(f"A session that is {current} cannot become {wanted}")
+        self.current = current
+
+
+class BodyLostError(StateError):
+    """Parts of a body that was being sent are gone."""
+
+    code = "session_conflict"
+
+    def __init__(self) -> None:
+        super().__init__("The body took too long to arrive, and its beginning is gone; send again")
+
+
+class TooManyStreamsError(StateError):
+    """As many live streams as may be open are open already."""
+
+    code = "too_many_streams"
+
+    def __init__(self, whose: str) -> None:
+        super().__init__(f"As many live streams as {whose} may have are open; close one, or wait")
 
 
 class IdempotencyInProgressError(StateError):

@@ -58,7 +58,7 @@ def _lifespan(settings: Settings) -> Callable[[Starlette], AbstractAsyncContextM
     async def lifespan(_: Starlette) -> AsyncIterator[AppState]:
         services = build_services(settings)
         await services.start()
-        _drain_on_sigterm(settings.drain_s, services.health.stop_soon)
+        _announce_stop(settings.drain_s, services.stop_soon)
         _end_with_parent()
         log.info("process_started", version=__version__)
         try:
@@ -70,25 +70,38 @@ def _lifespan(settings: Settings) -> Callable[[Starlette], AbstractAsyncContextM
     return lifespan
 
 
-def _drain_on_sigterm(drain_s: float, announce: Callable[[], None]) -> None:
-    """Put a drain before what the server does at SIGTERM: say `stopping`, serve on, then stop.
+def _announce_stop(drain_s: float, announce: Callable[[], None]) -> None:
+    """Put an announcement before what the server does at a signal, and at SIGTERM a drain.
 
-    A balancer needs that time to see it and to send its requests elsewhere. SIGINT, which comes
-    from a keyboard, stops at once.
+    A balancer needs that time to see it and to send its requests elsewhere: say `stopping`, serve
+    on, then stop. SIGINT, which comes from a keyboard, stops at once. Without the announcement the
+    server would wait for every live stream.
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    stop = signal.getsignal(signal.SIGTERM)
-    if not callable(stop):
-        return
     loop = asyncio.get_running_loop()
+    for number, delay_s in ((signal.SIGTERM, drain_s), (signal.SIGINT, 0.0)):
+        stop = signal.getsignal(number)
+        if callable(stop):
+            signal.signal(number, _announcing(stop, announce, loop, delay_s))
 
+
+def _announcing(
+    stop: Callable[[int, FrameType | None], object],
+    announce: Callable[[], None],
+    loop: asyncio.AbstractEventLoop,
+    delay_s: float,
+) -> Callable[[int, FrameType | None], None]:
     def drain(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(loop.call_later, drain_s, stop, number, frame)
-        announce()
-        log.info("drain_started", drain_s=drain_s)
+        # A signal may come in the middle of anything; the loop does it between two things.
+        loop.call_soon_threadsafe(announce)
+        if delay_s or number == signal.SIGTERM:
+            loop.call_soon_threadsafe(loop.call_later, delay_s, stop, number, frame)
+            log.info("drain_started", drain_s=delay_s)
+        else:
+            stop(number, frame)
 
-    signal.signal(signal.SIGTERM, drain)
+    return drain
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from app.api.problems import problem
+from app.api.streaming import ABORT
 from app.context import new_request_id
 
 log = structlog.get_logger()
@@ -147,6 +148,9 @@ class Protocol(HttpToolsProtocol):
             # The parser stops at an upgrade, and a body behind it would be lost in silence.
             self.send_400_response("")
             return
+        # ASGI has no word for it: to close under an answer that a client takes no more of.
+        scope: Any = self.scope
+        scope[ABORT] = self.transport.abort
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

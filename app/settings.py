@@ -123,6 +123,12 @@ class Settings(BaseSettings):
     steps_file: Annotated[Path, AfterValidator(_steps_file)] = _PACKAGED_STEPS
     finalize_requires: Literal["none", "required", "all"] = "none"
     max_step_bytes: int = Field(256 * 1024, ge=1)
+    max_upload_bytes: int = Field(10 * 1024 * 1024, ge=1)
+    max_result_bytes: int = Field(32 * 1024 * 1024, ge=1)
+
+    # Who may follow a session live.
+    max_streams: int = Field(5000, ge=1)
+    max_streams_per_session: int = Field(16, ge=1)
 
     # How long is waited, and how often tried.
     redis_timeout_s: float = Field(1.0, gt=0, le=60)

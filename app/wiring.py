@@ -6,11 +6,15 @@ import structlog
 from typing_extensions import TypedDict
 
 from app.services.background import Repeated
+from app.services.events import EventService, StreamLimits
+from app.services.files import FileService, make_file_service
+from app.services.generation import GenerationService
 from app.services.health import HealthMonitor
 from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_manager
 from app.settings import Settings
-from app.store.connect import connect, make_probe
+from app.store.connect import connect, make_probe, make_subscription
 from app.store.gateway import Gateway
+from app.store.subscription import Subscription
 
 log = structlog.get_logger()
 
@@ -20,9 +24,13 @@ class Services:
     """What the handlers work with, one of each per process."""
 
     manager: OnboardingSessionManager
+    generation: GenerationService
+    events: EventService
+    files: FileService
     health: HealthMonitor
     learning: Repeated
     gateway: Gateway
+    subscription: Subscription
 
     async def start(self) -> None:
         """See how the store is, and begin what goes on in the background."""
@@ -34,10 +42,17 @@ class Services:
             log.warning("store_missed_at_start")
         self.learning.start()
 
+    def stop_soon(self) -> None:
+        """Tell balancers and everybody who follows a session that this process is about to end."""
+        self.health.stop_soon()
+        self.events.stop_soon()
+
     async def aclose(self) -> None:
         """Close what was opened, last opened first."""
         await self.learning.aclose()
+        await self.subscription.aclose()
         await self.health.aclose()
+        await self.files.aclose()
         await self.gateway.aclose()
 
 
@@ -51,10 +66,17 @@ class AppState(TypedDict):
 def build_services(settings: Settings) -> Services:
     """Construct the services. Raises `EmbeddedStoreError` when there is no store to attach to."""
     gateway = connect(settings)
+    subscription = make_subscription(settings)
     manager = make_manager(gateway, settings)
+    files = make_file_service(gateway, manager, settings)
+    streams = StreamLimits(settings.max_streams, settings.max_streams_per_session)
     return Services(
         manager=manager,
+        generation=GenerationService(gateway, files),
+        events=EventService(gateway, subscription, streams),
+        files=files,
         health=HealthMonitor(make_probe(settings), gateway),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,
+        subscription=subscription,
     )

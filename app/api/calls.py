@@ -6,17 +6,13 @@ from urllib.parse import parse_qsl
 
 import orjson
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Scope
 
-from app.api.headers import (
-    EntityTags,
-)
-from app.errors import (
-    Fault,
-    InvalidRequestError,
-    InvalidStepDataError,
-)
+from app.api.headers import EntityTags
+from app.api.streaming import Content
+from app.errors import Fault, InvalidRequestError, InvalidStepDataError
 from app.onboarding.documents import Document, json_pointer
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.steps import Precondition
@@ -28,7 +24,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One checked request. `session_id`, `step_id` and `body` are those that the operation has."""
+    """One checked request.
+
+    `session_id`, `step_id`, `body` (JSON) and `content` (anything, as it comes) are those that the
+    operation has.
+    """
 
     scope: Scope
     services: Services
@@ -38,6 +38,12 @@ class Call:
     if_none_match: EntityTags | None
     idempotent: IdempotentRequest | None
     body: Document | None
+    content: Content | None
+
+    @property
+    def headers(self) -> Headers:
+        """The request's headers."""
+        return Headers(scope=self.scope)
 
     @property
     def manager(self) -> OnboardingSessionManager:
@@ -80,6 +86,12 @@ class Call:
         if self.body is None:
             raise AssertionError("the operation takes no body")
         return self.body
+
+    def incoming(self) -> Content:
+        """The body of an operation that takes it as it comes."""
+        if self.content is None:
+            raise AssertionError("the operation takes no such body")
+        return self.content
 
     def parse(self, model: type[Model], defaults: dict[str, Any] | None = None) -> Model:
         """Read the body, and `defaults` behind it, as a model. Raises `InvalidRequestError`."""

@@ -14,14 +14,18 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from app.api.calls import Call
-from app.api.headers import check_media_type, parse_entity_tags, parse_idempotency_key
+from app.api.headers import (
+    check_codings,
+    check_media_type,
+    parse_entity_tags,
+    parse_idempotency_key,
+)
 from app.api.middleware import QUIET, ROUTE, SESSION_ID
-from app.api.operations import Body, Operation
+from app.api.operations import Body, Operation, Stream
+from app.api.streaming import Content, too_large
 from app.errors import (
     InvalidRequestError,
     InvalidStepDataError,
-    PayloadTooLargeError,
-    RequestError,
     SessionNotFoundError,
 )
 from app.onboarding.catalogue import parse_step_id
@@ -90,8 +94,10 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
         key = parse_idempotency_key(headers.getlist("idempotency-key"))
 
     raw = b""
-    body = None
-    if operation.body is not None:
+    body = content = None
+    if isinstance(operation.body, Stream):
+        content = _open(operation.body, settings, scope, receive)
+    elif operation.body is not None:
         raw = await _read(operation.body, settings, headers, receive)
         if raw or operation.body.required:
             steps = operation.body.limit == "step"
@@ -109,7 +115,21 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
             query=scope["query_string"],
             body=raw,
         )
-    return Call(scope, services, session_id, step_id, if_match, if_none_match, idempotent, body)
+    return Call(
+        scope, services, session_id, step_id, if_match, if_none_match, idempotent, body, content
+    )
+
+
+def _open(body: Stream, settings: Settings, scope: Scope, receive: Receive) -> Content:
+    """Let a body come in, unless it says that it is larger than it may be."""
+    headers = Headers(scope=scope)
+    limit = settings.max_upload_bytes if body.limit == "upload" else settings.max_result_bytes
+    limit += body.form_bytes
+    check_codings([*headers.getlist("content-encoding"), *headers.getlist("transfer-encoding")])
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise too_large(limit)
+    return Content(scope, receive, limit)
 
 
 async def _read(body: Body, settings: Settings, headers: Headers, receive: Receive) -> bytes:
@@ -121,7 +141,7 @@ async def _read(body: Body, settings: Settings, headers: Headers, receive: Recei
         codings = [*headers.getlist("content-encoding"), *headers.getlist("transfer-encoding")]
         check_media_type(headers.get("content-type"), codings, patch=body.patch)
     if length is not None and length.isdecimal() and int(length) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -131,11 +151,7 @@ async def _read(body: Body, settings: Settings, headers: Headers, receive: Recei
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
-
-
-def _too_large(limit: int) -> RequestError:
-    return PayloadTooLargeError(f"The body may take {limit} bytes")

@@ -1,9 +1,13 @@
-"""Request headers to values: entity tags, Idempotency-Key, media types, request ids."""
+"""Headers to values, and back: tags, Idempotency-Key, media types, file names, request ids."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from email.message import Message
+from urllib.parse import quote
 
 from app.errors import InvalidHeaderError, InvalidIdempotencyKeyError, UnsupportedMediaTypeError
+from app.onboarding.files import ANY_TYPE, is_media_type
 from app.onboarding.steps import Tags
 
 
@@ -69,8 +73,7 @@ def check_media_type(content_type: str | None, codings: list[str], *, patch: boo
     """
     accepted = _PATCH_TYPES if patch else _JSON_TYPES
     wanted = " or ".join(sorted(accepted))
-    if any(coding.strip().lower() not in {"identity", "chunked"} for coding in codings):
-        raise UnsupportedMediaTypeError("Send the body as it is: no Content-Encoding, no gzip")
+    check_codings(codings)
     if content_type is None:
         raise UnsupportedMediaTypeError(f"Send a body with Content-Type: {wanted}")
     media_type, *parameters = content_type.split(";")
@@ -80,6 +83,45 @@ def check_media_type(content_type: str | None, codings: list[str], *, patch: boo
         name, _, value = parameter.partition("=")
         if name.strip().lower() == "charset" and value.strip(' \t"').lower() != "utf-8":
             raise UnsupportedMediaTypeError("The charset must be utf-8")
+
+
+def check_codings(codings: list[str]) -> None:
+    """Raise `UnsupportedMediaTypeError` for a body that is compressed.
+
+    `codings` are the values of Content-Encoding and Transfer-Encoding.
+    """
+    if any(coding.strip().lower() not in {"identity", "chunked"} for coding in codings):
+        raise UnsupportedMediaTypeError("Send the body as it is: no Content-Encoding, no gzip")
+
+
+def parse_content_type(value: str | None) -> str:
+    """Read the type of a body that may be anything. Raises `InvalidHeaderError`."""
+    if value is None or not value.strip():
+        return ANY_TYPE
+    if not is_media_type(value.strip()):
+        raise InvalidHeaderError("Content-Type is a media type, such as application/pdf")
+    return value.strip()
+
+
+def parse_filename(disposition: str | None) -> str | None:
+    """Read the file name of a Content-Disposition; None when there is none.
+
+    `filename*` (RFC 8187) beats `filename`; bytes beyond ASCII are taken for UTF-8, which is what
+    browsers send (RFC 7578 section 4.2).
+    """
+    if disposition is None:
+        return None
+    message = Message()
+    with suppress(UnicodeError):
+        disposition = disposition.encode("latin-1").decode()
+    message["content-disposition"] = disposition.replace("\r", " ").replace("\n", " ")
+    return message.get_filename()
+
+
+def format_disposition(filename: str) -> str:
+    """Write a Content-Disposition that has a file saved under a name (RFC 6266 appendix D)."""
+    plain = re.sub(r"[^ !#-\[\]-~]|%", "_", filename)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
 
 
 def is_request_id(value: str) -> bool:

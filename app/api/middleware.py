@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.headers import is_request_id
 from app.api.problems import CLIENT_CLOSED, problem
+from app.api.streaming import EXTEND
 from app.clock import monotonic_s
 from app.context import RequestContext, get_context, new_request_id, reset_context, set_context
 from app.errors import DeadlineExceededError
@@ -117,6 +118,11 @@ class DeadlineMiddleware:
                     limit.reschedule(None)
                     await send(message)
 
+                def extend() -> float:
+                    limit.reschedule(asyncio.get_running_loop().time() + self._deadline_s)
+                    return self._deadline_s
+
+                scope[EXTEND] = extend
                 await self.app(scope, receive, lift)
         except TimeoutError:
             if not limit.expired():
@@ -136,10 +142,11 @@ class ExactCORSMiddleware:
             allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=[
                 *("Content-Type", "If-Match", "If-None-Match", "Idempotency-Key"),
-                *("X-Request-ID", "Authorization", "Last-Event-ID"),
+                *("X-Request-ID", "Authorization", "Last-Event-ID", "Content-Disposition"),
             ],
             expose_headers=[
                 *("ETag", "Location", "Retry-After", "X-Request-ID", "Idempotent-Replayed"),
+                "Content-Disposition",
             ],
         )
 

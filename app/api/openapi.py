@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 from typing_extensions import TypedDict
 
 from app import __version__
-from app.api.operations import Answer, Body, Operation, Schema
+from app.api.operations import Answer, Body, Operation, Schema, Stream
 from app.api.problems import KINDS, MEDIA_TYPE
 from app.errors import Fault
 
@@ -82,7 +82,9 @@ def codes_of(operation: Operation) -> list[str]:
     if operation.idempotency_key:
         codes += ["invalid_idempotency_key", "idempotency_mismatch", "idempotency_in_progress"]
     if operation.body is not None:
-        codes += ["malformed_json", "payload_too_large", "unsupported_media_type"]
+        codes += ["payload_too_large", "unsupported_media_type"]
+    if isinstance(operation.body, Body):
+        codes.append("malformed_json")
     if "/api/" in operation.path:
         codes += ["store_unavailable", "overloaded", "deadline_exceeded", "internal_error"]
         if any(method != "GET" for method in operation.methods):
@@ -132,7 +134,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     names += [*operation.preconditions]
     if operation.idempotency_key:
         names.append("Idempotency-Key")
-    names.append("X-Request-ID")
+    names += [*operation.headers, "X-Request-ID"]
     query = [
         {"name": name, "in": "query", "schema": schema, "description": description}
         for name, schema, description in operation.query
@@ -140,7 +142,9 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     return [{"$ref": f"#/components/parameters/{name}"} for name in names] + query
 
 
-def _request_body(body: Body, schemas: _Schemas) -> dict[str, Any]:
+def _request_body(body: Body | Stream, schemas: _Schemas) -> dict[str, Any]:
+    if isinstance(body, Stream):
+        return {"required": True, "content": {body.media_type: {"schema": body.schema}}}
     schema = body.schema if isinstance(body.schema, dict) else schemas.refer_body(body.schema)
     media_types = ["application/json", *(["application/merge-patch+json"] if body.patch else [])]
     return {
@@ -183,7 +187,8 @@ def _problem_descriptions() -> dict[int, str]:
 
 _DESCRIPTION = """\
 A session holds the answers of an onboarding wizard. Save steps one by one or several at once, keep
-drafts beside them, finalize to freeze them into an export.
+drafts beside them, finalize to freeze them into an export. A generator reads the export, reports
+its progress and stores its result; whoever follows the session's events sees all of it live.
 
 Errors are `application/problem+json`. Every answer carries `X-Request-ID`. A write that may have to
 be sent again takes an `Idempotency-Key`; a change that must not overwrite another takes `If-Match`.
@@ -217,6 +222,15 @@ _PARAMETERS: dict[str, Any] = {
         "The same key and request again: the first answer again, for 24 hours",
         r'^([A-Za-z0-9._~-]{1,255}|"([ !#-\[\]-~]|\\["\\]){1,255}")$',
     ),
+    "Last-Event-ID": _parameter(
+        "Last-Event-ID",
+        "header",
+        "Go on after this event; what cannot be read begins anew, with `gap`",
+        "^[ -~]*$",
+    ),
+    "Content-Disposition": _parameter(
+        "Content-Disposition", "header", "The file name to give back: `filename`", "^[ -~]*$"
+    ),
     "X-Request-ID": _parameter(
         "X-Request-ID", "header", "Your name for the request", "^[A-Za-z0-9._-]{1,128}$"
     ),
@@ -225,7 +239,8 @@ _PARAMETERS: dict[str, Any] = {
 _HEADERS: dict[str, Any] = {
     name: {"description": description, "schema": {"type": "string"}}
     for name, description in {
-        "ETag": "The version of the step, or the checksum of the export, in double quotes",
+        "ETag": "The version of the step, or the checksum of the body, in double quotes",
+        "Content-Disposition": "`attachment`, with the file name",
         "Location": "The path of the session",
         "Idempotent-Replayed": "`true` when this is the first answer again",
         "X-Request-ID": "The name of the request in the log",

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 
-Handler: TypeAlias = Callable[[Call], Awaitable[Response]]
+Handler: TypeAlias = Callable[[Call], Awaitable[ASGIApp]]
+"""Does what a call asks for and gives the answer, which knows how to send itself."""
 
 Schema: TypeAlias = type | dict[str, Any]
 """How a document is described: a TypedDict or model, or JSON Schema itself."""
@@ -30,6 +31,19 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A body that an operation takes as it comes.
+
+    `limit` names the largest size that the settings allow, `form_bytes` is what may surround it.
+    """
+
+    schema: dict[str, Any]
+    limit: Literal["upload", "result"]
+    media_type: str = "*/*"
+    form_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What an operation answers when it succeeds."""
 
@@ -45,7 +59,8 @@ class Operation:
     """One call: its path, what it takes, what it does, how it can end.
 
     `{id}` in the path is a session, `{n}` a step; both are checked before the handler runs, and
-    their errors need not be listed in `errors`. `query` describes further parameters by name.
+    their errors need not be listed in `errors`. `query` describes further parameters by name,
+    `headers` names headers that the operation reads itself.
     """
 
     methods: Sequence[str]
@@ -56,8 +71,9 @@ class Operation:
     tag: str
     answers: Sequence[Answer]
     errors: Sequence[str] = ()
-    body: Body | None = None
+    body: Body | Stream | None = None
     query: Sequence[tuple[str, dict[str, Any], str]] = ()
+    headers: Sequence[str] = ()
     preconditions: Sequence[Literal["If-Match", "If-None-Match"]] = ()
     idempotency_key: bool = False
     quiet: bool = False

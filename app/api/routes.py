@@ -6,7 +6,17 @@ from functools import cache
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.api import catalogue, exports, health, progress, sessions, steps
+from app.api import (
+    catalogue,
+    events,
+    exports,
+    files,
+    generation,
+    health,
+    progress,
+    sessions,
+    steps,
+)
 from app.api.calls import Call
 from app.api.dispatch import Resource
 from app.api.documentation import render_documentation
@@ -33,7 +43,10 @@ OPERATIONS: list[Operation] = [
     # /api/v1/onboarding before the one that is a session's id.
     *steps.OPERATIONS,
     *progress.OPERATIONS,
+    *generation.OPERATIONS,
+    *events.OPERATIONS,
     *exports.OPERATIONS,
+    *files.OPERATIONS,
     *catalogue.OPERATIONS,
     *sessions.OPERATIONS,
     *health.OPERATIONS,

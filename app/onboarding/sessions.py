@@ -240,12 +240,17 @@ def check_owner(
         if value is not None and not is_own_string(value, MAX_OWNER_LENGTH):
             detail = f"1 to {MAX_OWNER_LENGTH} characters, none of them a control character"
             faults.append(Fault(pointer=f"/{name}", code="string", detail=detail))
-    if not is_language_tag(language):
-        detail = "A language tag as in BCP 47, such as en or pt-BR"
-        faults.append(Fault(pointer="/language", code="language_tag", detail=detail))
+    faults += _language_faults(language)
     if faults:
         names = ", ".join(fault["pointer"][1:] for fault in faults)
         raise InvalidRequestError(f"Not acceptable: {names}", faults)
+
+
+def check_language(language: str) -> None:
+    """Raise `InvalidRequestError` unless this is a language tag."""
+    faults = _language_faults(language)
+    if faults:
+        raise InvalidRequestError("Not acceptable: language", faults)
 
 
 def is_own_string(text: str, longest: int) -> bool:
@@ -258,6 +263,13 @@ def is_language_tag(tag: str) -> bool:
     if tag.lower() in _IRREGULAR_TAGS:
         return True
     return len(tag) <= _LONGEST_TAG and _LANGUAGE_TAG.fullmatch(tag) is not None
+
+
+def _language_faults(language: str) -> list[Fault]:
+    if is_language_tag(language):
+        return []
+    detail = "A language tag as in BCP 47, such as en or pt-BR"
+    return [Fault(pointer="/language", code="language_tag", detail=detail)]
 
 
 def _summarize_step(step: CatalogueStep, session: Session, drafts: frozenset[int]) -> StepSummary:

@@ -30,6 +30,7 @@ from app.errors import (
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.documents import Document, merge_patch
 from app.onboarding.exports import Export, FinalizeAnswer, build_export
+from app.onboarding.files import FileInfo
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.progress import Progress
 from app.onboarding.sessions import (
@@ -62,6 +63,7 @@ from app.store.connect import connect, make_probe
 from app.store.exports import ExportStore
 from app.store.gateway import Gateway
 from app.store.health import Probe
+from app.store.jobs import JobStore
 from app.store.sessions import SessionStore
 from app.store.steps import (
     Draft,
@@ -118,7 +120,7 @@ class OnboardingSessionManager:
         self._catalogues = CatalogueStore(gateway, catalogue)
         self._sessions = SessionStore(gateway)
         self._steps = StepStore(gateway, self._sessions)
-        self._exports = ExportStore(gateway, self._sessions)
+        self._exports = ExportStore(gateway, self._sessions, JobStore(gateway))
         self._learnt_s = -2 * LEARN_EVERY_S
 
     @property
@@ -155,6 +157,17 @@ class OnboardingSessionManager:
         if request is None or not request.replayed:
             log.info("session_created", session_id=created.session_id)
         return view_session(created.session_id, owner, created.state)
+
+    async def begin_session_with(self, session_id: str, owner: Owner, *, upload: FileInfo) -> None:
+        """Make a session with a file whose parts are kept under this id already.
+
+        Raises `BodyLostError` when they are gone.
+        """
+        await self._catalogues.keep_current()
+        await self._sessions.create(
+            session_id, owner, self.catalogue, at_ms=now_ms(), upload=upload
+        )
+        log.info("session_created", session_id=session_id, size=upload.size)
 
     async def get_session(self, session_id: str) -> SessionView:
         """Describe a session."""
@@ -197,7 +210,7 @@ class OnboardingSessionManager:
     async def delete_session(self, session_id: str) -> DeletedSession:
         """Remove a session with everything that belongs to it."""
         check_session_id(session_id)
-        await self._sessions.delete(session_id, self.catalogue.total)
+        await self._sessions.delete(session_id, self.catalogue.total, at_ms=now_ms())
         log.info("session_deleted", session_id=session_id)
         return DeletedSession(
             success=True,

@@ -12,6 +12,7 @@ from app.store.embedded import attach_or_start
 from app.store.gateway import Client, Gateway, RetryPolicy
 from app.store.health import STEP_S, Probe
 from app.store.keys import Keys
+from app.store.subscription import Subscription
 
 CONNECTIONS = 50
 """Most connections of one process to the store. A call takes well under a millisecond of one, so
@@ -20,6 +21,10 @@ more would only queue in the store instead of here: the 51st call waits for a fr
 CLUSTER_CONNECTIONS = 512
 """The same for each node of a Cluster, whose client cannot wait: the 513th call at once is refused
 as `overloaded`."""
+
+BULK_CONNECTIONS = 8
+"""Connections for the parts of large bodies: 4 MB on their way at once, and no other call waits
+behind them."""
 
 SEND_LIMIT = 1.5
 """Longest sending, in time limits of one command: four of them and the waits between, 14.5 s by
@@ -33,10 +38,24 @@ def connect(settings: Settings) -> Gateway:
     none runs there. Raises `EmbeddedStoreError`, and `RuntimeError` outside the main thread when it
     has to start one.
     """
+    return _connect(settings, CONNECTIONS, "onboarding")
+
+
+def connect_bulk(settings: Settings) -> Gateway:
+    """Make a gateway to the same store for large bodies. Raises what `connect` raises."""
+    return _connect(settings, BULK_CONNECTIONS, "onboarding-bulk")
+
+
+def make_subscription(settings: Settings) -> Subscription:
+    """Make a subscription to the same store. Raises what `connect` raises."""
+    return Subscription(_client_maker(settings, settings.redis_timeout_s, 2, "onboarding-streams"))
+
+
+def _connect(settings: Settings, connections: int, name: str) -> Gateway:
     mode = store_mode(settings)
-    connections = CLUSTER_CONNECTIONS if mode == "cluster" else CONNECTIONS
+    connections = CLUSTER_CONNECTIONS if mode == "cluster" else connections
     return Gateway(
-        _client_maker(settings, settings.redis_timeout_s, connections, "onboarding"),
+        _client_maker(settings, settings.redis_timeout_s, connections, name),
         keys=Keys(hash_tag=settings.hash_tag),
         lifetime_ms=settings.session_ttl_s * 1000,
         mode=mode,

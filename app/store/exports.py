@@ -8,6 +8,7 @@ from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import Session
 from app.store.faults import corrupt
 from app.store.gateway import Gateway, Reply
+from app.store.jobs import JobStore
 from app.store.sessions import SessionStore
 
 
@@ -23,10 +24,11 @@ class Frozen(NamedTuple):
 class ExportStore:
     """Keeps exports. An unknown session raises `SessionNotFoundError`."""
 
-    def __init__(self, gateway: Gateway, sessions: SessionStore) -> None:
+    def __init__(self, gateway: Gateway, sessions: SessionStore, jobs: JobStore) -> None:
         self._gateway = gateway
         self._keys = gateway.keys
         self._sessions = sessions
+        self._jobs = jobs
 
     async def get(self, session_id: str) -> Export | None:
         """Read the latest export; None when there is none. One command, two when there is none."""
@@ -60,7 +62,7 @@ class ExportStore:
         """Let an Idempotency-Key answer with the export of a session that is finalized already."""
         keys = self._keys.session(session_id)
         await self._gateway.change(
-            "finalize_session", keys, [keys.export], ["", ""], at_ms=at_ms, request=request
+            "finalize_session", keys, [keys.export], ["", "", ""], at_ms=at_ms, request=request
         )
 
     async def save(
@@ -71,16 +73,23 @@ class ExportStore:
         at_ms: int,
         request: IdempotentRequest | None = None,
     ) -> Frozen | None:
-        """Finalize, or read what another finalize has frozen.
+        """Finalize and give the generators a job, or read what another finalize has frozen.
 
         None when the session is no longer as it was read.
         """
         keys = self._keys.session(session.session_id)
+        queue, queued_as = [self._keys.jobs], session.session_id
+        if self._keys.hash_tag:
+            # The queue lies in another slot. It comes first: a job for a session that was not
+            # finalized after all is dropped, a session without a job would wait for ever.
+            queue, queued_as = [], ""
+            revision = session.state.revision + 1
+            await self._jobs.add(session.session_id, revision, at_ms=at_ms)
         reply = await self._gateway.change(
             "finalize_session",
             keys,
-            [keys.export],
-            [session.changes, export.text],
+            [keys.export, *queue],
+            [session.changes, export.text, queued_as],
             at_ms=at_ms,
             request=request,
         )

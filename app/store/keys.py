@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from app.onboarding.files import FileKind
+
 
 class SessionKeys(NamedTuple):
     """The keys of one session. The first four open every script that changes it, in this order."""
@@ -16,6 +18,14 @@ class SessionKeys(NamedTuple):
     def export(self) -> str:
         """The export of the latest revision."""
         return f"{self.prefix}export"
+
+    def body(self, kind: FileKind) -> str:
+        """What is known of a large body."""
+        return f"{self.prefix}{kind}"
+
+    def part(self, kind: FileKind, transfer: str, number: int) -> str:
+        """One part of a large body, numbered from 1."""
+        return f"{self.prefix}{kind}:{transfer}:{number}"
 
     def step(self, step_id: int) -> str:
         """One saved step."""
@@ -35,6 +45,9 @@ class Keys:
 
     catalogues = "onboarding:index:catalogues"
     """Hash: every catalogue that a session began with, by its pin."""
+
+    jobs = "onboarding:index:jobs"
+    """Stream: finalized sessions, for the generators to share."""
 
     canary = "onboarding:canary"
     """What the health probe writes; lives for seconds."""

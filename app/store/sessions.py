@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from app.errors import (
+    BodyLostError,
     CorruptRecordError,
     GenerationRunningError,
     InvalidStepIdError,
@@ -14,10 +15,12 @@ from app.errors import (
     SessionNotFoundError,
 )
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.files import FileInfo, FileKind
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.progress import Progress, describe_progress
 from app.onboarding.sessions import Owner, Session, SessionStatus, State
 from app.store.faults import corrupt
+from app.store.files import body_keys, write_info
 from app.store.gateway import Gateway, Reply, unwrap_replay
 from app.store.keys import SessionKeys
 
@@ -47,15 +50,19 @@ class SessionStore:
         *,
         at_ms: int,
         request: IdempotentRequest | None = None,
+        upload: FileInfo | None = None,
     ) -> Created | None:
         """Make a session; None when there is one with this id.
+
+        `upload` is the file that it begins with, whose parts are kept already; such a session is
+        made without an Idempotency-Key. Raises `BodyLostError` when a part of it is gone.
 
         One round trip; three when there is an Idempotency-Key and keys have hash tags, because its
         record and the session lie in different slots then.
         """
         record = None if request is None else self._keys.creation(request.scope)
         if record is None or request is None or not self._keys.hash_tag:
-            return await self._create(session_id, owner, catalogue, at_ms, request, record)
+            return await self._create(session_id, owner, catalogue, at_ms, request, record, upload)
         # A request that never comes back must not hold the key for long, one that runs must.
         claim_ms = 2 * self._gateway.deadline_ms
         claim = await self._gateway.evaluate(
@@ -80,6 +87,7 @@ class SessionStore:
         at_ms: int,
         request: IdempotentRequest | None,
         record: str | None,
+        upload: FileInfo | None = None,
     ) -> Created | None:
         fields: dict[str, str | bytes] = {"language": owner.language, "custom": owner.custom}
         if owner.workspace_id is not None:
@@ -88,14 +96,19 @@ class SessionStore:
             fields["user_id"] = owner.user_id
         if self._keys.hash_tag and record is not None:
             fields["record"] = record
+        keys = self._keys.session(session_id)
+        about = [] if upload is None else write_info(upload)
         reply = await self._gateway.change(
             "create_session",
-            self._keys.session(session_id),
-            args=[session_id, catalogue.pin, catalogue.total, *_flat(fields)],
+            keys,
+            [] if upload is None else body_keys(keys, FileKind.UPLOAD, upload),
+            [session_id, catalogue.pin, catalogue.total, len(about), *about, *_flat(fields)],
             at_ms=at_ms,
             request=request,
             record=record,
         )
+        if reply.word == "part_lost":
+            raise BodyLostError
         return None if reply.word == "exists" else _created(reply)
 
     async def get(self, session_id: str) -> Session:
@@ -129,11 +142,11 @@ class SessionStore:
     async def get_state(self, session_id: str) -> State:
         """Read what a session's progress tells. One command, two when it is not there."""
         key = self._keys.session(session_id).progress
-        values = await self._gateway.command("HMGET", key, *_STATE_FIELDS)
+        values = await self._gateway.command("HMGET", key, *STATE_FIELDS)
         if not any(values):
             # No session, or a damaged one: only a look at all of it at once can tell.
             return (await self.get(session_id)).state
-        return _state(key, values)
+        return read_state(key, values)
 
     async def get_pin(self, session_id: str) -> str:
         """Read which catalogue a session began with. One round trip."""
@@ -181,7 +194,7 @@ class SessionStore:
         session = _session(session_id, keys, *(_pairs(part) for part in reply.values))
         return session.owner, session.state
 
-    async def delete(self, session_id: str, steps: int) -> None:
+    async def delete(self, session_id: str, steps: int, *, at_ms: int) -> None:
         """Remove every key of a session, of at least `steps` steps."""
         keys = self._keys.session(session_id)
         record = None
@@ -190,7 +203,7 @@ class SessionStore:
             # repeat of the delete would find nothing that still tells.
             with suppress(CorruptRecordError):
                 record = await self._gateway.command("HGET", keys.metadata, "record")
-        reply = await self._gateway.remove("delete_session", keys[:4], [steps])
+        reply = await self._gateway.remove("delete_session", keys[:4], [steps, at_ms])
         if record is not None:
             await self._gateway.command("DEL", record)
         if reply.word == "not_found":
@@ -203,13 +216,18 @@ def progress_of(reply: Reply) -> Progress:
     return describe_progress(saved.decode(), int(highest), int(created_at), int(updated_at))
 
 
-_STATE_FIELDS = (
+STATE_FIELDS = (
     *("status", "saved", "highest", "created_at", "updated_at"),
     *("deadline", "finalized_at", "revision"),
 )
+"""The fields of `progress` from which `read_state` reads."""
 
 
-def _state(key: str, values: Sequence[bytes | None]) -> State:
+def read_state(key: str, values: Sequence[bytes | None]) -> State:
+    """Read the state of a session from the fields of `progress`, which is `key`.
+
+    Raises `CorruptRecordError`.
+    """
     status, saved, highest, created, updated, deadline, finalized, revision = values
     if not status or not saved or saved.strip(b"01"):
         raise corrupt(key)
@@ -234,7 +252,7 @@ def _session(
     metadata: Mapping[bytes, bytes],
     progress: Mapping[bytes, bytes],
 ) -> Session:
-    state = _state(keys.progress, [progress.get(name.encode()) for name in _STATE_FIELDS])
+    state = read_state(keys.progress, [progress.get(name.encode()) for name in STATE_FIELDS])
     marked = [step for step, mark in enumerate(state.saved, start=1) if mark == "1"]
     try:
         versions = {step: int(progress[b"v%d" % step]) for step in marked}

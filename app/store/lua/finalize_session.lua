@@ -1,10 +1,10 @@
 -- include session.lua
 -- Freeze a session: keep its export and lock its steps, if nothing changed since it was read.
 --
--- KEYS  5 the export
+-- KEYS  5 the export, 6 the queue of jobs, where it lies beside the session
 -- ARGV  6 count of changes when the session was read ('' = only let an Idempotency-Key keep
 --         the export of a session that is finalized),
---       7 the export
+--       7 the export, 8 id of the session for the queue ('' = leave the queue alone)
 --
 -- Returns {'ok', completed steps, number of steps, finalized_at in Unix ms}, {'not_found'}, {'changed'},
 --         {'finalized'} when somebody else was first; an Idempotency-Key then keeps their export.
@@ -37,4 +37,9 @@ redis.call('SET', KEYS[5], ARGV[7], 'PXAT', deadline)
 local revision = whole(tonumber(state.revision) + 1)
 change('finalized_at', at_ms, 'revision', revision)
 record('finalized', 'revision', revision)
+if ARGV[8] ~= '' then
+  -- What is older than a session lives waits for nobody any more.
+  redis.call('XADD', KEYS[6], 'MINID', '~', whole(math.max(0, now_ms - lifetime_ms)), '*',
+    'session_id', ARGV[8], 'revision', revision)
+end
 return answer({'ok', completed, steps, at_ms}, {'ok', completed, steps, at_ms, ARGV[7]})

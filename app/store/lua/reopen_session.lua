@@ -1,5 +1,5 @@
 -- include session.lua
--- Unlock the steps of a finalized session. The export stays readable.
+-- Unlock the steps of a finalized session. The export and the result stay readable.
 --
 -- KEYS  none of its own
 -- ARGV  none of its own
@@ -19,7 +19,8 @@ if state.status == 'processing' then
   return {'generation_running'}
 end
 
-change('finalized_at', '', 'status', 'pending')
+change('finalized_at', '', 'status', 'pending', 'percent', '0', 'stage', '', 'message', '',
+  'error_message', '', 'reported_at', at_ms, 'run_at', '', 'run_percent', '0')
 record('reopened', 'revision', state.revision)
 if moved then
   redis.call('HSET', PROGRESS, 'deadline', deadline)

@@ -1,3 +1,4 @@
+-- include parts.lua
 -- The opening of every script that changes a session: put before those whose first line asks for it.
 --
 -- It reads the clock and the session's state, recognises what was sent before, and gives the script
@@ -94,18 +95,35 @@ local function change(...)
     'changes', whole(tonumber(state.changes or 0) + 1), ...)
 end
 
+local recorded = false
+
 local function record(kind, ...)
-  redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'type', kind, 'at', at_ms, ...)
+  recorded = true
+  return redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'type', kind, 'at', at_ms, ...)
 end
 
+-- Forget operations of older turns, records that have had their time, bodies that were never
+-- finished, and the ids that senders gave to events which are in the log no more.
 local function forget_older_turns()
   local stale = {}
   local fields = redis.call('HGETALL', OPS)
+  local oldest = redis.call('XRANGE', EVENTS, '-', '+', 'COUNT', 1)[1]
+  local oldest_ms = oldest and tonumber(string.match(oldest[1], '^%d+')) or 0
   for i = 1, #fields, 2 do
-    local of = tonumber(string.match(fields[i], '^(%d+):'))
-    local expired_key = string.sub(fields[i], 1, 4) == 'key:' and tonumber(fields[i + 1]) < now_ms
-    if expired_key or (of and of < turn - 1) then
-      stale[#stale + 1] = fields[i]
+    local name, value = fields[i], fields[i + 1]
+    local of = tonumber(string.match(name, '^(%d+):'))
+    local kind = string.match(name, '^(%a+):')
+    local is_stale = of and of < turn - 1
+    if kind == 'key' or kind == 'part' then
+      is_stale = tonumber(value) < now_ms
+    elseif kind == 'event' then
+      is_stale = tonumber(string.match(value, '^%["(%d+)%-')) < oldest_ms
+    end
+    if is_stale then
+      stale[#stale + 1] = name
+      if kind == 'part' then
+        redis.call('DEL', string.sub(name, 6))
+      end
     end
   end
   for i = 1, #stale, 500 do
@@ -116,22 +134,27 @@ end
 local function move_deadline()
   local prefix = string.sub(PROGRESS, 1, -#'progress' - 1)
   redis.call('HSET', PROGRESS, 'deadline', deadline)
-  for _, name in ipairs({'metadata', 'progress', 'events', 'ops', 'export'}) do
+  for _, name in ipairs({'metadata', 'progress', 'events', 'ops', 'export', 'result', 'upload'}) do
     redis.call('PEXPIREAT', prefix .. name, deadline)
+  end
+  for _, body in ipairs({'result', 'upload'}) do
+    for _, part in ipairs(parts_of(prefix .. body)) do
+      redis.call('PEXPIREAT', part, deadline)
+    end
   end
   for step = 1, #state.saved do
     if string.byte(state.saved, step) == 49 then -- '1'
       redis.call('PEXPIREAT', prefix .. 'step:' .. step, deadline)
     end
   end
-  if lifetime_ms < IDEMPOTENCY_MS then
-    -- A record that had to end with a short-lived session lives on with it, up to its own end.
-    local fields = redis.call('HGETALL', OPS)
-    for i = 1, #fields, 2 do
-      if string.sub(fields[i], 1, 4) == 'key:' then
-        redis.call('PEXPIREAT', string.sub(fields[i], 5),
-          whole(math.min(tonumber(fields[i + 1]), deadline_ms)))
-      end
+  local fields = redis.call('HGETALL', OPS)
+  for i = 1, #fields, 2 do
+    local kind, key = string.match(fields[i], '^(%a+):(.*)$')
+    if kind == 'key' then
+      -- A record that had to end with the session lives on with it, up to its own end.
+      redis.call('PEXPIREAT', key, whole(math.min(tonumber(fields[i + 1]), deadline_ms)))
+    elseif kind == 'part' then
+      redis.call('PEXPIREAT', key, deadline)
     end
   end
 end
@@ -150,6 +173,11 @@ local function answer(reply, kept)
   end
   if moved then
     move_deadline()
+  end
+  if recorded then
+    -- Tells who follows the session to look at its log. A write must not fail because the store
+    -- lets nobody publish.
+    redis.pcall('PUBLISH', EVENTS, 'recorded')
   end
   return reply
 end

@@ -1,0 +1,163 @@
+"""The log of a session over HTTP: read page by page, or followed live (server-sent events)."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app.api.calls import Call
+from app.api.operations import Answer, Operation
+from app.api.streaming import Outlet
+from app.clock import monotonic_s
+from app.errors import InvalidRequestError
+from app.onboarding.events import EVENT_TYPES, MAX_EVENTS, EventList
+from app.services.events import Follower, Message
+
+BEAT_S = 12.0
+"""Longest silence on a stream, in seconds; the contract allows 15."""
+
+OLDEST_S = 3600.0
+"""Age at which a stream is ended so that its client comes back, perhaps to another process, in
+seconds. Up to a tenth is taken off at random: clients that came together leave one by one."""
+
+RETRY_MS = (1000, 4000)
+"""When a client is told to come back, in milliseconds: a random time between, for the same reason.
+"""
+
+
+async def list_events(call: Call) -> Response:
+    """Read a part of the log."""
+    query = call.query
+    limit = query.get("limit", str(MAX_EVENTS))
+    if not limit.isascii() or not limit.isdecimal() or len(limit) > 4:
+        raise InvalidRequestError(f"limit is 1 to {MAX_EVENTS}")
+    return call.answer(
+        await call.services.events.list_events(
+            call.session_id,
+            after=query.get("after"),
+            limit=int(limit),
+            only=query.get("type"),
+        )
+    )
+
+
+class EventStream:
+    """A stream of server-sent events, as long as its follower follows and its client listens."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what there is, wait for more, until either side ends it."""
+        outlet = Outlet(scope, send)
+        leaving = asyncio.create_task(self._leave(receive))
+        try:
+            await outlet.begin(200, _HEADERS)
+            if scope["method"] != "HEAD":
+                await self._stream(outlet)
+            await outlet.write(b"", more=False)
+        finally:
+            leaving.cancel()
+            await self._follower.aclose()
+
+    async def _stream(self, outlet: Outlet) -> None:
+        follower = self._follower
+        until_s = monotonic_s() + OLDEST_S * random.uniform(0.9, 1.0)  # noqa: S311
+        await outlet.write(_retry())
+        was_woken = True
+        while True:
+            messages = await follower.look()
+            if messages:
+                await outlet.write(_write(messages))
+            elif not was_woken:
+                await outlet.write(_BEAT)
+            left_s = until_s - monotonic_s()
+            if left_s <= 0:
+                await outlet.write(_retry())
+                return
+            if not follower.is_over:
+                was_woken = await follower.wait(min(BEAT_S, left_s))
+            if follower.is_over:
+                return
+
+    async def _leave(self, receive: Receive) -> None:
+        """Wait until the client goes away."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._follower.leave()
+
+
+async def stream_events(call: Call) -> EventStream:
+    """Follow the log live."""
+    last = call.headers.get("last-event-id")
+    return EventStream(await call.services.events.follow(call.session_id, last))
+
+
+def _write(messages: Sequence[Message]) -> bytes:
+    return b"".join(
+        b"%bevent: %b\ndata: %b\n\n"
+        % (
+            b"" if each.event_id is None else b"id: %b\n" % each.event_id.encode(),
+            each.kind.encode(),
+            orjson.dumps(each.data),
+        )
+        for each in messages
+    )
+
+
+def _retry() -> bytes:
+    return b"retry: %d\n\n" % random.randint(*RETRY_MS)  # noqa: S311 - nothing is kept secret by it
+
+
+_BEAT = b": still here\n\n"
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    # What nginx holds back otherwise.
+    "x-accel-buffering": "no",
+}
+
+_EVENTS = "/api/v1/onboarding/{id}/events"
+
+OPERATIONS = [
+    Operation(
+        methods=["GET"],
+        path=_EVENTS,
+        handler=list_events,
+        name="list_events",
+        summary="Read what happened, oldest first",
+        tag="Events",
+        query=[
+            (
+                "after",
+                {"type": "string", "pattern": "^[0-9]{1,19}(-[0-9]{1,19})?$"},
+                "Only events after this id",
+            ),
+            ("limit", {"type": "integer", "minimum": 1, "maximum": MAX_EVENTS}, "Most events"),
+            ("type", {"type": "string", "enum": [*EVENT_TYPES]}, "Only events of this type"),
+        ],
+        answers=[Answer(description="A part of the log", schema=EventList)],
+        errors=["invalid_request", "corrupt_record"],
+    ),
+    Operation(
+        methods=["GET"],
+        path=_EVENTS + "/stream",
+        handler=stream_events,
+        name="stream_events",
+        summary="Follow what happens live, beginning with how the session is now",
+        tag="Events",
+        headers=["Last-Event-ID"],
+        answers=[
+            Answer(
+                description="Server-sent events, a `snapshot` first, until the session is deleted "
+                "or the service says `bye`",
+                schema={"type": "string"},
+                media_type="text/event-stream",
+            )
+        ],
+        errors=["too_many_streams", "corrupt_record"],
+    ),
+]

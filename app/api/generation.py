@@ -1,0 +1,172 @@
+"""The generation of a session over HTTP: its status, its reports, its language."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from starlette.responses import Response
+
+from app.api.calls import Call
+from app.api.operations import Answer, Body, Operation
+from app.onboarding.generation import (
+    MAX_MESSAGE_LENGTH,
+    MAX_STAGE_LENGTH,
+    LanguageView,
+    ProgressEvent,
+    ProgressEventView,
+    ShortStatusView,
+    StatusView,
+)
+
+_NAME = StringConstraints(min_length=1, max_length=MAX_STAGE_LENGTH)
+_MESSAGE = StringConstraints(max_length=MAX_MESSAGE_LENGTH)
+
+
+class SetStatus(BaseModel):
+    """A status to set; `error_message` belongs to the status `error`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    status: Literal["processing", "complete", "error"]
+    error_message: Annotated[str, _MESSAGE] | None = None
+
+
+class AddEvent(BaseModel):
+    """A report of progress, in percent; one with an `event_id` is taken once."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    stage: Annotated[str, _NAME]
+    progress: Annotated[int, Field(ge=0, le=100)]
+    message: Annotated[str, _MESSAGE] | None = None
+    event_id: Annotated[str, _NAME] | None = None
+
+
+class SetLanguage(BaseModel):
+    """A language tag as in BCP 47."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    language: str
+
+
+async def get_status(call: Call) -> Response:
+    """Say how far the generation is."""
+    return call.answer(await call.services.generation.get_status(call.session_id))
+
+
+async def get_short_status(call: Call) -> Response:
+    """Say the same in fewer words."""
+    status = await call.services.generation.get_status(call.session_id)
+    return call.answer(
+        ShortStatusView(
+            status=status["status"],
+            progress=status["progress"],
+            stage=status["stage"],
+            message=status["message"],
+        )
+    )
+
+
+async def set_status(call: Call) -> Response:
+    """Set the status."""
+    wanted = call.parse(SetStatus)
+    return call.answer(
+        await call.services.generation.update_session_status(
+            call.session_id, wanted.status, wanted.error_message
+        )
+    )
+
+
+async def add_event(call: Call) -> Response:
+    """Add a report of progress to the log."""
+    sent = call.parse(AddEvent)
+    event = ProgressEvent(call.session_id, sent.stage, sent.progress, sent.message, sent.event_id)
+    view, was_taken_before = await call.services.generation.report_progress(event)
+    return call.answer(view, 200 if was_taken_before else 201)
+
+
+async def get_language(call: Call) -> Response:
+    """Say in which language the session is answered."""
+    language = await call.services.generation.get_language_preference(call.session_id)
+    return call.answer(LanguageView(session_id=call.session_id, language=language))
+
+
+async def set_language(call: Call) -> Response:
+    """Set the language."""
+    wanted = call.parse(SetLanguage)
+    language = await call.services.generation.set_language_preference(
+        call.session_id, wanted.language
+    )
+    return call.answer(LanguageView(session_id=call.session_id, language=language))
+
+
+_SESSION = "/api/v1/onboarding/{id}"
+
+OPERATIONS = [
+    Operation(
+        methods=["POST"],
+        path=_SESSION + "/events",
+        handler=add_event,
+        name="add_event",
+        summary="Report progress",
+        tag="Generation",
+        body=Body(schema=AddEvent),
+        answers=[
+            Answer(status=201, description="Taken", schema=ProgressEventView),
+            Answer(description="Taken before, by its `event_id`", schema=ProgressEventView),
+        ],
+        errors=["invalid_request"],
+    ),
+    Operation(
+        methods=["GET"],
+        path=_SESSION + "/status",
+        handler=get_status,
+        name="get_status",
+        summary="Say how far the generation is",
+        tag="Generation",
+        answers=[Answer(description="The status", schema=StatusView)],
+        errors=["corrupt_record"],
+    ),
+    Operation(
+        methods=["PUT"],
+        path=_SESSION + "/status",
+        handler=set_status,
+        name="set_status",
+        summary="Set the status of the generation",
+        tag="Generation",
+        body=Body(schema=SetStatus),
+        answers=[Answer(description="The status", schema=StatusView)],
+        errors=["invalid_request", "invalid_transition", "corrupt_record"],
+    ),
+    Operation(
+        methods=["GET"],
+        path=_SESSION + "/language",
+        handler=get_language,
+        name="get_language",
+        summary="Say in which language the session is answered",
+        tag="Generation",
+        answers=[Answer(description="The language", schema=LanguageView)],
+        errors=["corrupt_record"],
+    ),
+    Operation(
+        methods=["PUT"],
+        path=_SESSION + "/language",
+        handler=set_language,
+        name="set_language",
+        summary="Set the language that the session is answered in",
+        tag="Generation",
+        body=Body(schema=SetLanguage),
+        answers=[Answer(description="The language", schema=LanguageView)],
+        errors=["invalid_request"],
+    ),
+    Operation(
+        methods=["GET"],
+        path="/api/status/{id}",
+        handler=get_short_status,
+        name="get_short_status",
+        summary="Say how far the generation is, in four members",
+        tag="Generation",
+        answers=[Answer(description="The status", schema=ShortStatusView)],
+        errors=["corrupt_record"],
+    ),
+]

@@ -1,0 +1,100 @@
+"""Bodies that do not come, or go, in one piece: each side is waited for, but not for ever."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import NoReturn
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from app.clock import monotonic_s
+from app.context import get_context, set_context
+from app.errors import PayloadTooLargeError
+
+STALL_S = 20.0
+"""How long a client may take nothing of an answer before it is cut off, in seconds."""
+
+EXTEND = "onboarding.extend"
+"""Where in the scope lies a function that begins the time limit of the request anew, and returns
+it in seconds."""
+
+ABORT = "onboarding.abort"
+"""Where the server leaves a function that closes the connection at once."""
+
+
+class CutOffError(ClientDisconnect):
+    """The connection was closed under an answer that could not be finished."""
+
+
+class Content:
+    """A body as it comes in, no larger than `limit` bytes; iterated once.
+
+    The time limit of the request begins anew with each piece.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._limit = limit
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Give the bytes. Raises `PayloadTooLargeError`, `ClientDisconnect`."""
+        size = 0
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk = message.get("body", b"")
+            more = message.get("more_body", False)
+            size += len(chunk)
+            if size > self._limit:
+                raise too_large(self._limit)
+            self._extend()
+            if chunk:
+                yield chunk
+
+    def _extend(self) -> None:
+        context, extend = get_context(), self._scope.get(EXTEND)
+        if context is not None and extend is not None:
+            set_context(replace(context, deadline_s=monotonic_s() + extend()))
+
+
+class Outlet:
+    """The way out of an answer that is sent piece by piece."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
+        self._send = send
+
+    async def begin(self, status: int, headers: dict[str, str]) -> None:
+        """Send the head."""
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await self._pass({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def write(self, body: bytes, *, more: bool = True) -> None:
+        """Send a piece. Raises `CutOffError` when the client does not take it."""
+        await self._pass({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def cut_off(self) -> NoReturn:
+        """Close the connection, so that nobody takes what was sent for the whole."""
+        abort = self._scope.get(ABORT)
+        if abort is not None:
+            abort()
+            # The server hears of it in a moment, and need not wonder why the answer has no end.
+            for _ in range(2):
+                await asyncio.sleep(0)
+        raise CutOffError
+
+    async def _pass(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(STALL_S):
+                await self._send(message)
+        except TimeoutError:
+            await self.cut_off()
+
+
+def too_large(limit: int) -> PayloadTooLargeError:
+    """Say that a body is larger than it may be."""
+    return PayloadTooLargeError(f"The body may take {limit} bytes")

@@ -1,0 +1,236 @@
+"""The generation of a session: what a generator reports, and what is made of it."""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import orjson
+import structlog
+
+from app.clock import now_ms, rfc3339
+from app.errors import InvalidRequestError
+from app.onboarding.documents import Document
+from app.onboarding.events import BEFORE_ALL
+from app.onboarding.files import ANY_TYPE, FileKind, FileView, clean_filename, is_media_type
+from app.onboarding.generation import (
+    LatestProgress,
+    ProgressEvent,
+    ProgressEventView,
+    StatusView,
+    check_progress_event,
+    check_status_change,
+    view_status,
+)
+from app.onboarding.sessions import SessionStatus, check_language, check_session_id
+from app.services.files import FileService, make_file_service
+from app.services.manager import make_manager
+from app.services.reporter import ProgressReporter
+from app.settings import load_settings
+from app.store.connect import connect
+from app.store.events import EventStore
+from app.store.gateway import Gateway
+from app.store.generation import GenerationStore
+from app.store.sessions import SessionStore
+
+__all__ = [
+    "GenerationService",
+    "ProgressEvent",
+    "ProgressReporter",
+    "SessionStatus",
+    "get_generation_service",
+]
+
+log = structlog.get_logger()
+
+
+class GenerationService:
+    """Everything a generator says of a session, and everybody may ask.
+
+    Every method raises a `StoreError` when the store cannot do its part and `SessionNotFoundError`
+    when there is no such session; what else it raises, it says.
+    """
+
+    def __init__(self, gateway: Gateway, files: FileService) -> None:
+        self._generations = GenerationStore(gateway, SessionStore(gateway))
+        self._events = EventStore(gateway)
+        self._files = files
+
+    async def get_status(self, session_id: str) -> StatusView:
+        """Say how far the generation is. One command."""
+        check_session_id(session_id)
+        return view_status(session_id, await self._generations.get(session_id), now_ms())
+
+    async def update_session_status(
+        self, session_id: str, status: SessionStatus | str, error_message: str | None = None
+    ) -> StatusView:
+        """Set the status and say how far the generation is. The current status changes nothing.
+
+        `error_message` belongs to the status `error`. Raises `InvalidTransitionError`,
+        `InvalidRequestError`.
+        """
+        check_session_id(session_id)
+        wanted = _status(status)
+        check_status_change(wanted, error_message)
+        at_ms = now_ms()
+        generation, changed = await self._generations.set_status(
+            session_id, wanted, error_message or "", at_ms=at_ms
+        )
+        if changed:
+            log.info("status_changed", session_id=session_id, status=wanted)
+        return view_status(session_id, generation, at_ms)
+
+    async def report_progress(self, event: ProgressEvent) -> tuple[ProgressEventView, bool]:
+        """Add a report to the log; give it as it was taken, and whether that was before now.
+
+        Raises `InvalidRequestError`.
+        """
+        check_session_id(event.session_id)
+        check_progress_event(event)
+        taken = await self._generations.add_event(event, at_ms=now_ms())
+        view = ProgressEventView(
+            id=taken.event_id,
+            type="progress",
+            stage=taken.stage,
+            progress=taken.progress,
+            message=taken.message,
+            at=rfc3339(taken.at_ms),
+        )
+        if event.event_id is not None:
+            view["event_id"] = event.event_id
+        return view, taken.repeated
+
+    async def add_progress_event(self, event: ProgressEvent) -> ProgressEventView:
+        """Add a report to the log, once for each `event_id`. Raises `InvalidRequestError`."""
+        view, _ = await self.report_progress(event)
+        return view
+
+    async def update_session_progress(
+        self, session_id: str, current_step: int, total_steps: int, description: str | None = None
+    ) -> ProgressEventView:
+        """Report that `current_step` of `total_steps` is done. Raises `InvalidRequestError`."""
+        if not 0 <= current_step <= total_steps or total_steps < 1:
+            raise InvalidRequestError("current_step is 0 to total_steps, and that is 1 or more")
+        stage = f"step {current_step} of {total_steps}"
+        progress = 100 * current_step // total_steps
+        return await self.add_progress_event(
+            ProgressEvent(session_id, stage, progress, description)
+        )
+
+    async def get_progress_events(self, session_id: str) -> list[ProgressEvent]:
+        """Read the reports that the log still holds, oldest first."""
+        check_session_id(session_id)
+        events, _ = await self._events.list_after(session_id, BEFORE_ALL, None)
+        return [
+            ProgressEvent(
+                session_id=session_id,
+                stage=event["stage"],
+                progress=event["progress"],
+                message=event.get("message"),
+                event_id=event.get("event_id"),
+            )
+            for event in events
+            if event["type"] == "progress"
+        ]
+
+    async def get_latest_progress(self, session_id: str) -> LatestProgress:
+        """Say what was reported last. One command."""
+        check_session_id(session_id)
+        generation = await self._generations.get(session_id)
+        return LatestProgress(
+            progress=generation.percent, stage=generation.stage, status=generation.status.value
+        )
+
+    async def get_language_preference(self, session_id: str) -> str:
+        """Say in which language the session is answered, a tag as in BCP 47. One command."""
+        check_session_id(session_id)
+        return await self._generations.get_language(session_id)
+
+    async def set_language_preference(self, session_id: str, language: str) -> str:
+        """Set the language, and return it. Raises `InvalidRequestError`."""
+        check_session_id(session_id)
+        check_language(language)
+        await self._generations.set_language(session_id, language, at_ms=now_ms())
+        return language
+
+    async def store_result(
+        self,
+        session_id: str,
+        result: bytes | Mapping[str, Any],
+        *,
+        content_type: str | None = None,
+        filename: str | None = None,
+    ) -> FileView:
+        """Keep what was generated, bytes or a JSON object, instead of what was before.
+
+        Without a type, bytes are `application/octet-stream`. Raises `InvalidRequestError`,
+        `PayloadTooLargeError`.
+        """
+        is_document = not isinstance(result, bytes)
+        content = result if isinstance(result, bytes) else Document.of(result).text
+        content_type = content_type or ("application/json" if is_document else ANY_TYPE)
+        if not is_media_type(content_type):
+            raise InvalidRequestError("content_type is a media type, such as application/pdf")
+        name = clean_filename(filename, "result.json" if is_document else "result.bin")
+        incoming = _Ready(content, content_type, name)
+        return await self._files.store_result(session_id, incoming, is_document=is_document)
+
+    async def get_result(self, session_id: str) -> bytes | dict[str, Any] | None:
+        """Read what was generated, as it was stored; None when nothing was."""
+        while True:
+            opened = await self._files.open(session_id, FileKind.RESULT)
+            if opened is None:
+                return None
+            content = b"".join([part async for part in opened.content])
+            if len(content) == opened.info.size:
+                break
+            # Replaced while it was read: the next one is there already.
+        return dict(orjson.loads(content)) if opened.info.is_document else content
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A body that is here already."""
+
+    content: bytes
+    content_type: str
+    filename: str
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.content
+
+
+def _status(status: str) -> SessionStatus:
+    try:
+        return SessionStatus(status)
+    except ValueError:
+        raise InvalidRequestError("status is processing, complete or error") from None
+
+
+@cache
+def get_generation_service() -> GenerationService:
+    """Return this process's service, made from the environment; it connects when it is first used.
+
+    It finds the store as `get_onboarding_session_manager` does, and raises the same.
+    """
+    settings = load_settings()
+    gateway = connect(settings)
+    files = make_file_service(gateway, make_manager(gateway, settings), settings)
+    return GenerationService(gateway, files)
+
+
+def __getattr__(name: str) -> Any:
+    """Give the methods of this process's service, which callers import from here by name."""
+    if name in _CALLED_BY_NAME:
+        return getattr(get_generation_service(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_CALLED_BY_NAME = frozenset(
+    {
+        *("update_session_status", "update_session_progress", "get_status"),
+        *("set_language_preference", "get_language_preference"),
+        *("add_progress_event", "get_progress_events", "get_latest_progress"),
+        *("store_result", "get_result"),
+    }
+)

@@ -1,0 +1,91 @@
+"""The queue of finalized sessions, which the generators share.
+
+A consumer group on one stream: a job stays with the worker that took it until it is done, and goes
+to another one when its worker has not been heard of for a while. So each is done at least once.
+"""
+
+from typing import Any, NamedTuple
+
+from redis.exceptions import ResponseError
+
+from app.store.gateway import Gateway
+
+GROUP = "generators"
+"""The consumer group that all generators share."""
+
+
+class Job(NamedTuple):
+    """A session that was finalized at a revision. `job_id` begins with when, in Unix ms."""
+
+    job_id: str
+    session_id: str
+    revision: int
+
+
+class JobStore:
+    """Hands jobs out to workers, each of which has a name of its own."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._key = gateway.keys.jobs
+        self._looked_at = "0-0"
+
+    async def add(self, session_id: str, revision: int, *, at_ms: int) -> None:
+        """Add a job. For where the queue does not lie beside the session; else finalize adds it."""
+        # What is older than a session lives waits for nobody any more.
+        oldest = max(0, at_ms - self._gateway.lifetime_ms)
+        fields = ("session_id", session_id, "revision", revision)
+        await self._gateway.command("XADD", self._key, "MINID", "~", oldest, "*", *fields)
+
+    async def take(self, worker: str, *, abandoned_ms: int, wait_ms: int) -> Job | None:
+        """Take a job: one whose worker was not heard of for `abandoned_ms`, or else a new one.
+
+        Waits for a new one; None when none came.
+        """
+        try:
+            return await self._take_over(worker, abandoned_ms) or await self._wait(worker, wait_ms)
+        except ResponseError as refused:
+            if not str(refused).startswith("NOGROUP"):
+                raise
+        await self._make_group()
+        return None
+
+    async def keep(self, worker: str, job: Job) -> bool:
+        """Say that a job is still being worked on; False when it was taken over, or is done."""
+        reply = await self._gateway.evaluate("keep_job", [self._key], [GROUP, worker, job.job_id])
+        return reply.word == "ok"
+
+    async def finish(self, job: Job) -> None:
+        """Take a job out of the queue."""
+        await self._gateway.evaluate("finish_job", [self._key], [GROUP, job.job_id])
+
+    async def _take_over(self, worker: str, abandoned_ms: int) -> Job | None:
+        found = await self._gateway.command(
+            *("XAUTOCLAIM", self._key, GROUP, worker, abandoned_ms, self._looked_at, "COUNT", 1)
+        )
+        self._looked_at = found[0].decode()
+        return _job(*found[1][0]) if found[1] else None
+
+    async def _wait(self, worker: str, wait_ms: int) -> Job | None:
+        found = await self._gateway.command(
+            *("XREADGROUP", "GROUP", GROUP, worker, "COUNT", 1, "BLOCK", wait_ms),
+            *("STREAMS", self._key, ">"),
+        )
+        if not found:
+            return None
+        # A map of streams, or a list of pairs, as the protocol has it.
+        entries = found[self._key.encode()] if isinstance(found, dict) else found[0][1]
+        return _job(*entries[0])
+
+    async def _make_group(self) -> None:
+        try:
+            await self._gateway.command("XGROUP", "CREATE", self._key, GROUP, "0", "MKSTREAM")
+        except ResponseError as refused:
+            if not str(refused).startswith("BUSYGROUP"):
+                raise
+
+
+def _job(job_id: bytes, fields: Any) -> Job:
+    # Pairs, or a map, as the client gives entries.
+    told = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+    return Job(job_id.decode(), told[b"session_id"].decode(), int(told[b"revision"]))

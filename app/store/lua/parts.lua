@@ -1,0 +1,20 @@
+-- The parts of a session's large bodies: put before the scripts whose first line asks for it.
+--
+-- KEYS  none of its own
+-- ARGV  none of its own
+--
+-- Returns nothing: it gives `parts_of(key)`, the keys of the parts that the body `key` is kept in.
+--
+-- Safe to send twice: it only defines.
+
+local function parts_of(key)
+  local body = redis.pcall('HMGET', key, 'transfer', 'parts')
+  local names = {}
+  -- A body that is damaged, or none, has no parts that anybody could find.
+  if not body.err and body[1] then
+    for part = 1, tonumber(body[2]) or 0 do
+      names[part] = key .. ':' .. body[1] .. ':' .. part
+    end
+  end
+  return names
+end

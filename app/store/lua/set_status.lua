@@ -1,0 +1,40 @@
+-- include session.lua
+-- Set the status of a session's generation.
+--
+-- KEYS  none of its own
+-- ARGV  6 the status, 7 those that it may follow as '|pending|error|', 8 the message of an error
+--       ('' = none), from 9 the fields to answer with
+--
+-- Returns {'ok', value, ...} with a value for each field, {'unchanged', value, ...} when that is
+--         its status already, {'not_found'}, {'invalid_transition', current status}
+--
+-- Safe to send twice: see session.lua.
+
+if not state.status then
+  return {'not_found'}
+end
+local status = ARGV[6]
+if state.status == status then
+  return {'unchanged', unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 9)))}
+end
+if not string.find(ARGV[7], '|' .. state.status .. '|', 1, true) then
+  return {'invalid_transition', state.status}
+end
+
+if status == 'processing' then
+  -- A run begins: what was said of the one before it is over.
+  change('status', status, 'percent', '0', 'stage', '', 'message', '', 'error_message', '',
+    'reported_at', at_ms, 'run_at', at_ms, 'run_percent', '0')
+  record('status_changed', 'status', status)
+elseif status == 'complete' then
+  change('status', status, 'percent', '100', 'error_message', '', 'reported_at', at_ms)
+  record('status_changed', 'status', status)
+else
+  change('status', status, 'error_message', ARGV[8], 'reported_at', at_ms)
+  if ARGV[8] == '' then
+    record('status_changed', 'status', status)
+  else
+    record('status_changed', 'status', status, 'error_message', ARGV[8])
+  end
+end
+return answer({'ok', unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 9)))})

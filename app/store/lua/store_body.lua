@@ -1,0 +1,34 @@
+-- include session.lua
+-- Put a body whose parts are all there in the place of the one before it.
+--
+-- KEYS  5 the body, from 6 its parts
+-- ARGV  6 type of the event, 7 number of values about the body, then field and value of each, then
+--       field and value of what the event says
+--
+-- Returns {'ok'}, {'not_found'}, {'part_lost'} when the body is not whole any more
+--
+-- Safe to send twice: see session.lua.
+
+if not state.status then
+  return {'not_found'}
+end
+for i = 6, #KEYS do
+  if redis.call('EXISTS', KEYS[i]) == 0 then
+    return {'part_lost'}
+  end
+end
+
+local before = parts_of(KEYS[5])
+local last = 7 + tonumber(ARGV[7])
+redis.call('HSET', KEYS[5], unpack(ARGV, 8, last))
+redis.call('PEXPIREAT', KEYS[5], deadline)
+for i = 6, #KEYS do
+  redis.call('PEXPIREAT', KEYS[i], deadline)
+  redis.call('HDEL', OPS, 'part:' .. KEYS[i])
+end
+for _, part in ipairs(before) do
+  redis.call('DEL', part)
+end
+change()
+record(ARGV[6], unpack(ARGV, last + 1))
+return answer({'ok'})
