@@ -52,6 +52,7 @@ class GenerationService:
     """
 
     def __init__(self, gateway: Gateway, files: FileService) -> None:
+        self._gateway = gateway
         self._generations = GenerationStore(gateway, SessionStore(gateway))
         self._events = EventStore(gateway)
         self._files = files
@@ -186,6 +187,11 @@ class GenerationService:
                 break
             # Replaced while it was read: the next one is there already.
         return dict(orjson.loads(content)) if opened.info.is_document else content
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop; the next call opens them again."""
+        await self._files.aclose()
+        await self._gateway.aclose()
 
 
 @dataclass(slots=True)

@@ -52,8 +52,9 @@ class ProgressReporter:
     A run that answers several questions gives each the callback `question(number)`: what they
     report counts for their share, and the run is at 100 once, when all of them are.
 
-    An exception that leaves the block becomes the status `error` with its text, and goes on.
-    Leaving the block raises an `OnboardingError` when what was reported could not be delivered.
+    An exception that leaves the block becomes the status `error` with its text, and goes on; a run
+    that is cancelled has not ended, and stays `processing` for whoever takes it up. Leaving the
+    block raises an `OnboardingError` when what was reported could not be delivered.
     """
 
     def __init__(self, session_id: str, desk: Desk | None = None, *, questions: int = 1) -> None:
@@ -99,6 +100,10 @@ class ProgressReporter:
         traceback: TracebackType | None,
     ) -> None:
         """Deliver what is left and set the status that the run ended with."""
+        if isinstance(failure, asyncio.CancelledError):
+            self._is_over = True
+            self._delivery.cancel()
+            return
         if failure is None and not self._is_full:
             self("complete")
         self._is_over = True

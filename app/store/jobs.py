@@ -4,22 +4,15 @@ A consumer group on one stream: a job stays with the worker that took it until i
 to another one when its worker has not been heard of for a while. So each is done at least once.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis.exceptions import ResponseError
 
+from app.onboarding.jobs import Job
 from app.store.gateway import Gateway
 
 GROUP = "generators"
 """The consumer group that all generators share."""
-
-
-class Job(NamedTuple):
-    """A session that was finalized at a revision. `job_id` begins with when, in Unix ms."""
-
-    job_id: str
-    session_id: str
-    revision: int
 
 
 class JobStore:

@@ -1,0 +1,118 @@
+"""The work of generators: every finalized session, handed to some generator at least once."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+
+from app.clock import now_ms
+from app.errors import SessionNotFoundError, StoreError
+from app.onboarding.jobs import Course, Job, plan_job
+from app.settings import load_settings
+from app.store.connect import connect
+from app.store.gateway import Gateway
+from app.store.jobs import JobStore
+from app.store.sessions import SessionStore
+
+log = structlog.get_logger()
+
+ABANDONED_S = 30.0
+"""How long nothing is heard of a generator before another one takes its job over, in seconds."""
+
+HEARTBEATS = 3
+"""How often a generator says within that time that it is still at work."""
+
+WAIT_S = 0.5
+"""Longest wait for a new job in one look, in seconds; less than one command may take."""
+
+TRY_AGAIN_S = 1.0
+"""Pause before the queue is asked again when the store could not be, in seconds."""
+
+
+class JobService:
+    """Hands finalized sessions to one generator, which has a name of its own.
+
+    Several generators share the work; a job whose generator has died goes to another one.
+    """
+
+    def __init__(self, gateway: Gateway, worker: str, *, abandoned_s: float = ABANDONED_S) -> None:
+        self._gateway = gateway
+        self._jobs = JobStore(gateway)
+        self._sessions = SessionStore(gateway)
+        self._worker = worker
+        self._abandoned_s = abandoned_s
+
+    async def jobs(self) -> AsyncIterator[Job]:
+        """Give the jobs that are to be done, one after the other, for ever."""
+        while True:
+            try:
+                job = await self._jobs.take(
+                    self._worker,
+                    abandoned_ms=int(self._abandoned_s * 1000),
+                    wait_ms=int(WAIT_S * 1000),
+                )
+                is_due = job is not None and await self._choose(job) is Course.WORK
+            except StoreError as failure:
+                log.warning("queue_unreachable", code=failure.code)
+                await asyncio.sleep(TRY_AGAIN_S)
+                continue
+            if job is not None and is_due:
+                yield job
+
+    @asynccontextmanager
+    async def hold(self, job: Job) -> AsyncIterator[None]:
+        """Keep a job for the length of a block, and take it out of the queue at its end.
+
+        It stays in the queue, for this generator or another, when the block is cancelled or the
+        store is away; an error of the generator itself would only come again, so it does not. When
+        another generator has taken the job over, the block is cancelled.
+        """
+        block = asyncio.current_task()
+        heartbeat = asyncio.create_task(self._beat(job, block), name="heartbeat")
+        try:
+            yield
+        except (StoreError, asyncio.CancelledError):
+            if heartbeat.done() and not heartbeat.cancelled() and block is not None:
+                # Cancelled by the heartbeat: the job is somebody else's.
+                block.uncancel()
+                return
+            raise
+        except Exception as failure:  # noqa: BLE001 - the reporter has told, and the next job waits
+            log.error("job_failed", session_id=job.session_id, exception=type(failure).__name__)
+        finally:
+            heartbeat.cancel()
+        await self._jobs.finish(job)
+        log.info("job_finished", session_id=job.session_id, revision=job.revision)
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop."""
+        await self._gateway.aclose()
+
+    async def _beat(self, job: Job, block: "asyncio.Task[None] | None") -> None:
+        while True:
+            await asyncio.sleep(self._abandoned_s / HEARTBEATS)
+            with suppress(StoreError):
+                if not await self._jobs.keep(self._worker, job):
+                    log.warning("job_lost", session_id=job.session_id)
+                    if block is not None:
+                        block.cancel()
+                    return
+
+    async def _choose(self, job: Job) -> Course:
+        try:
+            state = await self._sessions.get_state(job.session_id)
+        except SessionNotFoundError:
+            state = None
+        course = plan_job(job, state, now_ms())
+        if course is Course.DROP:
+            await self._jobs.finish(job)
+        return course
+
+
+def get_job_service(worker: str, *, abandoned_s: float = ABANDONED_S) -> JobService:
+    """Make a job service from the environment, as `get_onboarding_session_manager` makes its own.
+
+    `worker` is a name that no other generator has. Raises the same.
+    """
+    return JobService(connect(load_settings()), worker, abandoned_s=abandoned_s)
