@@ -135,6 +135,7 @@ class OnboardingClient:
         }
         if content_type is not None:
             headers["content-type"] = content_type
+        headers["idempotency-key"] = os.urandom(16).hex()
         if filename is not None:
             headers["content-disposition"] = f"attachment; filename*=UTF-8''{quote(filename)}"
         response = await self._send("PUT", session_id, "result", content, headers)

@@ -36,14 +36,23 @@ async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient) -> N
     answers = output.decode().split("--------\n")[:-1]
 
     assert shell.returncode == 0
-    assert len(answers) == len(lines) == 14
+    assert len(answers) == len(lines) == 21
     assert "urn:onboarding:problem" not in output.decode()
     assert '"version":2' in answers[6]
     assert '"is_draft":true' in answers[7]
     assert '"completed_steps":4' in answers[9]
     assert '"complete":false' in answers[11]
-    assert '"revision":1' in answers[12]
-    assert '"success":true' in answers[13]
+    assert '"status":"processing"' in answers[12]
+    assert '"progress":40' in answers[13]
+    assert '"filename":"bcm.json"' in answers[14]
+    assert '"status":"complete"' in answers[15]
+    assert '"progress":100' in answers[16]
+    assert "event: snapshot" in answers[17]
+    assert "event: session_created" in answers[17]
+    assert "event: result_stored" in answers[17]
+    assert answers[18].strip() == '{"summary": "a manifest"}'
+    assert '"revision":1' in answers[19]
+    assert '"success":true' in answers[20]
 
 
 def test_every_operation_stands_in_the_table_of_calls() -> None:
@@ -53,8 +62,8 @@ def test_every_operation_stands_in_the_table_of_calls() -> None:
         methods = re.findall(r"\b(GET|POST|PUT|PATCH|DELETE)\b", row)
         path = re.findall(r"(/\S*)`", row)[-1]
         documented |= {(method, BASE + path) for method in methods}
-    beside = re.findall(r"`GET (/\S+)`", table.split("Outside the base")[1].split("\n\n")[0])
-    documented |= {("GET", path) for path in beside}
+    beside = table.split("As the question-answer system")[1].split("\n\n**")[0]
+    documented |= set(re.findall(r"`(GET|POST) (/\S+)`", beside))
 
     assert documented == {(m, each.path) for each in OPERATIONS for m in each.methods}
 

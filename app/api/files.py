@@ -47,7 +47,7 @@ async def put_result(call: Call) -> Response:
         parse_content_type(call.headers.get("content-type")),
         clean_filename(name, "result.bin"),
     )
-    view = await call.services.files.store_result(call.session_id, result)
+    view = await call.services.files.store_result(call.session_id, result, request=call.idempotent)
     return call.answer(view, 201, {"etag": f'"{view["checksum"]}"'})
 
 
@@ -142,7 +142,15 @@ OPERATIONS = [
         tag="Files",
         body=Stream(limit="result", schema=_ANYTHING),
         headers=["Content-Disposition"],
-        answers=[Answer(status=201, description="Stored", schema=FileView, headers=["ETag"])],
+        idempotency_key=True,
+        answers=[
+            Answer(
+                status=201,
+                description="Stored",
+                schema=FileView,
+                headers=["ETag", "Idempotent-Replayed"],
+            )
+        ],
         errors=["invalid_header", "session_conflict"],
     ),
     _downloads(

@@ -72,7 +72,7 @@ async def set_status(call: Call) -> Response:
     wanted = call.parse(SetStatus)
     return call.answer(
         await call.services.generation.update_session_status(
-            call.session_id, wanted.status, wanted.error_message
+            call.session_id, wanted.status, wanted.error_message, request=call.idempotent
         )
     )
 
@@ -81,7 +81,9 @@ async def add_event(call: Call) -> Response:
     """Add a report of progress to the log."""
     sent = call.parse(AddEvent)
     event = ProgressEvent(call.session_id, sent.stage, sent.progress, sent.message, sent.event_id)
-    view, was_taken_before = await call.services.generation.report_progress(event)
+    view, was_taken_before = await call.services.generation.report_progress(
+        event, request=call.idempotent
+    )
     return call.answer(view, 200 if was_taken_before else 201)
 
 
@@ -95,7 +97,7 @@ async def set_language(call: Call) -> Response:
     """Set the language."""
     wanted = call.parse(SetLanguage)
     language = await call.services.generation.set_language_preference(
-        call.session_id, wanted.language
+        call.session_id, wanted.language, request=call.idempotent
     )
     return call.answer(LanguageView(session_id=call.session_id, language=language))
 
@@ -111,8 +113,14 @@ OPERATIONS = [
         summary="Report progress",
         tag="Generation",
         body=Body(schema=AddEvent),
+        idempotency_key=True,
         answers=[
-            Answer(status=201, description="Taken", schema=ProgressEventView),
+            Answer(
+                status=201,
+                description="Taken",
+                schema=ProgressEventView,
+                headers=["Idempotent-Replayed"],
+            ),
             Answer(description="Taken before, by its `event_id`", schema=ProgressEventView),
         ],
         errors=["invalid_request"],
@@ -135,7 +143,10 @@ OPERATIONS = [
         summary="Set the status of the generation",
         tag="Generation",
         body=Body(schema=SetStatus),
-        answers=[Answer(description="The status", schema=StatusView)],
+        idempotency_key=True,
+        answers=[
+            Answer(description="The status", schema=StatusView, headers=["Idempotent-Replayed"])
+        ],
         errors=["invalid_request", "invalid_transition", "corrupt_record"],
     ),
     Operation(
@@ -156,7 +167,10 @@ OPERATIONS = [
         summary="Set the language that the session is answered in",
         tag="Generation",
         body=Body(schema=SetLanguage),
-        answers=[Answer(description="The language", schema=LanguageView)],
+        idempotency_key=True,
+        answers=[
+            Answer(description="The language", schema=LanguageView, headers=["Idempotent-Replayed"])
+        ],
         errors=["invalid_request"],
     ),
     Operation(

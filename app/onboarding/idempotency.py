@@ -17,6 +17,11 @@ class IdempotentRequest:
     fingerprint: str
     replayed: bool = False
 
+    def add_body(self, checksum: str) -> None:
+        """Complete the fingerprint of a request whose body was only seen piece by piece."""
+        sent = f"{self.fingerprint}{checksum}"
+        self.fingerprint = hashlib.sha256(sent.encode()).hexdigest()
+
     @classmethod
     def of(
         cls, *, caller: str, method: str, path: str, key: str, query: bytes, body: bytes

@@ -20,6 +20,7 @@ from app.onboarding.files import (
     UploadedView,
     view_file,
 )
+from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import Owner, check_session_id
 from app.services.manager import OnboardingSessionManager
 from app.settings import Settings
@@ -96,21 +97,37 @@ class FileService:
         return UploadedView(session_id=session_id, status="pending")
 
     async def store_result(
-        self, session_id: str, result: Incoming, *, is_document: bool = False
+        self,
+        session_id: str,
+        result: Incoming,
+        *,
+        is_document: bool = False,
+        request: IdempotentRequest | None = None,
     ) -> FileView:
         """Keep what a generator made, instead of what it made before.
 
-        `is_document` notes that it was given as a dict.
+        `is_document` notes that it was given as a dict. `request` is the Idempotency-Key of a call
+        over HTTP, whose fingerprint the body completes.
         """
         check_session_id(session_id)
         save, limit = self._files.save_part, self._limits.result
         info = await self._keep(session_id, FileKind.RESULT, result, limit, save)
         info = replace(info, is_document=is_document)
-        await self._files.place(
-            session_id, FileKind.RESULT, info, event="result_stored", at_ms=info.stored_ms
+        if request is not None:
+            request.add_body(info.checksum)
+        placed = await self._files.place(
+            session_id,
+            FileKind.RESULT,
+            info,
+            event="result_stored",
+            at_ms=info.stored_ms,
+            request=request,
         )
-        log.info("result_stored", session_id=session_id, size=info.size)
-        return view_file(session_id, info)
+        if placed.transfer == info.transfer:
+            log.info("result_stored", session_id=session_id, size=info.size)
+        else:
+            await self._files.drop_parts(session_id, FileKind.RESULT, info.transfer, info.parts)
+        return view_file(session_id, placed)
 
     async def open(self, session_id: str, kind: FileKind) -> OpenedFile | None:
         """Read a body; None when there is none."""
@@ -138,8 +155,10 @@ class FileService:
         async def save_next() -> None:
             nonlocal parts
             parts += 1
-            await save(session_id, kind, transfer, parts, bytes(waiting[:PART_BYTES]))
+            with memoryview(waiting) as view:
+                part = bytes(view[:PART_BYTES])
             del waiting[:PART_BYTES]
+            await save(session_id, kind, transfer, parts, part)
 
         try:
             async for chunk in incoming:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from typing import Any
 
 import orjson
@@ -12,7 +13,14 @@ from app.clock import now_ms, rfc3339
 from app.errors import InvalidRequestError
 from app.onboarding.documents import Document
 from app.onboarding.events import BEFORE_ALL
-from app.onboarding.files import ANY_TYPE, FileKind, FileView, clean_filename, is_media_type
+from app.onboarding.files import (
+    ANY_TYPE,
+    PART_BYTES,
+    FileKind,
+    FileView,
+    clean_filename,
+    is_media_type,
+)
 from app.onboarding.generation import (
     LatestProgress,
     ProgressEvent,
@@ -22,6 +30,7 @@ from app.onboarding.generation import (
     check_status_change,
     view_status,
 )
+from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import SessionStatus, check_language, check_session_id
 from app.services.files import FileService, make_file_service
 from app.services.manager import make_manager
@@ -48,7 +57,8 @@ class GenerationService:
     """Everything a generator says of a session, and everybody may ask.
 
     Every method raises a `StoreError` when the store cannot do its part and `SessionNotFoundError`
-    when there is no such session; what else it raises, it says.
+    when there is no such session; what else it raises, it says. `request` is the Idempotency-Key of
+    a call over HTTP.
     """
 
     def __init__(self, gateway: Gateway, files: FileService) -> None:
@@ -63,7 +73,12 @@ class GenerationService:
         return view_status(session_id, await self._generations.get(session_id), now_ms())
 
     async def update_session_status(
-        self, session_id: str, status: SessionStatus | str, error_message: str | None = None
+        self,
+        session_id: str,
+        status: SessionStatus | str,
+        error_message: str | None = None,
+        *,
+        request: IdempotentRequest | None = None,
     ) -> StatusView:
         """Set the status and say how far the generation is. The current status changes nothing.
 
@@ -75,20 +90,22 @@ class GenerationService:
         check_status_change(wanted, error_message)
         at_ms = now_ms()
         generation, changed = await self._generations.set_status(
-            session_id, wanted, error_message or "", at_ms=at_ms
+            session_id, wanted, error_message or "", at_ms=at_ms, request=request
         )
-        if changed:
+        if changed and not (request and request.replayed):
             log.info("status_changed", session_id=session_id, status=wanted)
         return view_status(session_id, generation, at_ms)
 
-    async def report_progress(self, event: ProgressEvent) -> tuple[ProgressEventView, bool]:
+    async def report_progress(
+        self, event: ProgressEvent, *, request: IdempotentRequest | None = None
+    ) -> tuple[ProgressEventView, bool]:
         """Add a report to the log; give it as it was taken, and whether that was before now.
 
         Raises `InvalidRequestError`.
         """
         check_session_id(event.session_id)
         check_progress_event(event)
-        taken = await self._generations.add_event(event, at_ms=now_ms())
+        taken = await self._generations.add_event(event, at_ms=now_ms(), request=request)
         view = ProgressEventView(
             id=taken.event_id,
             type="progress",
@@ -147,11 +164,13 @@ class GenerationService:
         check_session_id(session_id)
         return await self._generations.get_language(session_id)
 
-    async def set_language_preference(self, session_id: str, language: str) -> str:
+    async def set_language_preference(
+        self, session_id: str, language: str, *, request: IdempotentRequest | None = None
+    ) -> str:
         """Set the language, and return it. Raises `InvalidRequestError`."""
         check_session_id(session_id)
         check_language(language)
-        await self._generations.set_language(session_id, language, at_ms=now_ms())
+        await self._generations.set_language(session_id, language, at_ms=now_ms(), request=request)
         return language
 
     async def store_result(
@@ -182,11 +201,15 @@ class GenerationService:
             opened = await self._files.open(session_id, FileKind.RESULT)
             if opened is None:
                 return None
-            content = b"".join([part async for part in opened.content])
-            if len(content) == opened.info.size:
+            # Unlike join(), it does not hold everything twice.
+            content = BytesIO()
+            async for part in opened.content:
+                content.write(part)
+            if content.tell() == opened.info.size:
                 break
             # Replaced while it was read: the next one is there already.
-        return dict(orjson.loads(content)) if opened.info.is_document else content
+        result = content.getvalue()
+        return dict(orjson.loads(result)) if opened.info.is_document else result
 
     async def aclose(self) -> None:
         """Close the connections of this event loop; the next call opens them again."""
@@ -203,7 +226,9 @@ class _Ready:
     filename: str
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self.content
+        # In parts, so that nobody copies the whole.
+        for start in range(0, len(self.content), PART_BYTES):
+            yield self.content[start : start + PART_BYTES]
 
 
 def _status(status: str) -> SessionStatus:

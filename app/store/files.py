@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from app.errors import BodyLostError, SessionNotFoundError
 from app.onboarding.files import FileInfo, FileKind
+from app.onboarding.idempotency import IdempotentRequest
 from app.store.faults import corrupt
 from app.store.gateway import Gateway
 from app.store.keys import SessionKeys
@@ -64,10 +65,18 @@ class FileStore:
             await self._bulk.command("DEL", *names)
 
     async def place(
-        self, session_id: str, kind: FileKind, info: FileInfo, *, event: str, at_ms: int
-    ) -> None:
+        self,
+        session_id: str,
+        kind: FileKind,
+        info: FileInfo,
+        *,
+        event: str,
+        at_ms: int,
+        request: IdempotentRequest | None = None,
+    ) -> FileInfo:
         """Show a body whose parts are all kept, instead of the one before it.
 
+        Returns what is known of it; with an Idempotency-Key that was used before, of the first.
         Raises `BodyLostError` when a part is gone.
         """
         keys = self._keys.session(session_id)
@@ -80,12 +89,14 @@ class FileStore:
             body_keys(keys, kind, info),
             [event, len(about), *about, *told],
             at_ms=at_ms,
+            request=request,
         )
         match reply.word:
             case "not_found":
                 raise SessionNotFoundError
             case "part_lost":
                 raise BodyLostError
+        return _read_info(keys.body(kind), reply.values[0])
 
     async def get(self, session_id: str, kind: FileKind) -> Body | None:
         """Read what is known of a body, with its first part; None when there is none."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from app.errors import InvalidTransitionError, SessionNotFoundError
 from app.onboarding.generation import MAY_FOLLOW, Generation, ProgressEvent
+from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import SessionStatus
 from app.store.faults import corrupt
 from app.store.gateway import Gateway, Reply
@@ -49,7 +50,13 @@ class GenerationStore:
         return read_generation(key, values)
 
     async def set_status(
-        self, session_id: str, status: SessionStatus, error_message: str, *, at_ms: int
+        self,
+        session_id: str,
+        status: SessionStatus,
+        error_message: str,
+        *,
+        at_ms: int,
+        request: IdempotentRequest | None = None,
     ) -> tuple[Generation, bool]:
         """Set the status; give the generation, and whether that changed it.
 
@@ -61,6 +68,7 @@ class GenerationStore:
             keys,
             args=[status, f"|{'|'.join(MAY_FOLLOW[status])}|", error_message, *GENERATION_FIELDS],
             at_ms=at_ms,
+            request=request,
         )
         match reply.word:
             case "not_found":
@@ -69,13 +77,16 @@ class GenerationStore:
                 raise InvalidTransitionError(reply.values[0].decode(), status)
         return read_generation(keys.progress, reply.values), reply.word == "ok"
 
-    async def add_event(self, event: ProgressEvent, *, at_ms: int) -> Taken:
+    async def add_event(
+        self, event: ProgressEvent, *, at_ms: int, request: IdempotentRequest | None = None
+    ) -> Taken:
         """Add a report of progress to the log."""
         reply = await self._gateway.change(
             "add_event",
             self._keys.session(event.session_id),
             args=[event.stage, event.progress, event.message or "", event.event_id or ""],
             at_ms=at_ms,
+            request=request,
         )
         if reply.word == "not_found":
             raise SessionNotFoundError
@@ -89,10 +100,21 @@ class GenerationStore:
             return (await self._sessions.get(session_id)).owner.language
         return str(language.decode())
 
-    async def set_language(self, session_id: str, language: str, *, at_ms: int) -> None:
+    async def set_language(
+        self,
+        session_id: str,
+        language: str,
+        *,
+        at_ms: int,
+        request: IdempotentRequest | None = None,
+    ) -> None:
         """Set the language."""
         reply = await self._gateway.change(
-            "set_language", self._keys.session(session_id), args=[language], at_ms=at_ms
+            "set_language",
+            self._keys.session(session_id),
+            args=[language],
+            at_ms=at_ms,
+            request=request,
         )
         if reply.word == "not_found":
             raise SessionNotFoundError

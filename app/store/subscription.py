@@ -33,6 +33,10 @@ connection is given up, in seconds."""
 PAUSES_S = (0.05, 0.2, 0.5, 1.0)
 """Pauses before the connection is opened again, in seconds; the last one is kept to."""
 
+ANCHOR = "onboarding:index:streams"
+"""A channel on which nothing is said. It is always listened to: redis-py reads nothing before the
+first channel, and would not notice that a connection without one is lost."""
+
 CANCEL_AGAIN_S = 0.1
 """How soon the reader is cancelled again when it did not end, in seconds (see `Repeated`)."""
 
@@ -128,15 +132,10 @@ class Subscription:
         try:
             pubsub = await _open(client)
             async with self._sending:
-                if self._channels:
-                    await pubsub.subscribe(*self._channels)
+                await pubsub.subscribe(ANCHOR, *self._channels)
                 self._pubsub = pubsub
             asked = False
             while True:
-                if not pubsub.subscribed:
-                    # redis-py reads nothing before the first channel.
-                    await asyncio.sleep(PAUSES_S[0])
-                    continue
                 message = await pubsub.get_message(timeout=QUIET_S)
                 if message is not None:
                     asked = False

@@ -18,7 +18,7 @@ local stage, percent, message, given = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 if given ~= '' then
   local first = redis.call('HGET', OPS, 'event:' .. given)
   if first then
-    return {'repeated', unpack(cjson.decode(first))}
+    return answer({'repeated', unpack(cjson.decode(first))})
   end
 end
 

@@ -15,7 +15,7 @@ if not state.status then
 end
 local status = ARGV[6]
 if state.status == status then
-  return {'unchanged', unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 9)))}
+  return answer({'unchanged', unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 9)))})
 end
 if not string.find(ARGV[7], '|' .. state.status .. '|', 1, true) then
   return {'invalid_transition', state.status}

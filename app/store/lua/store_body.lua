@@ -5,14 +5,16 @@
 -- ARGV  6 type of the event, 7 number of values about the body, then field and value of each, then
 --       field and value of what the event says
 --
--- Returns {'ok'}, {'not_found'}, {'part_lost'} when the body is not whole any more
+-- Returns {'ok', {field, value, ...}} with what is known of the body, {'not_found'},
+--         {'part_lost'} when the body is not whole any more
 --
 -- Safe to send twice: see session.lua.
 
 if not state.status then
   return {'not_found'}
 end
-for i = 6, #KEYS do
+local last_part = idempotency and #KEYS - 1 or #KEYS
+for i = 6, last_part do
   if redis.call('EXISTS', KEYS[i]) == 0 then
     return {'part_lost'}
   end
@@ -22,7 +24,7 @@ local before = parts_of(KEYS[5])
 local last = 7 + tonumber(ARGV[7])
 redis.call('HSET', KEYS[5], unpack(ARGV, 8, last))
 redis.call('PEXPIREAT', KEYS[5], deadline)
-for i = 6, #KEYS do
+for i = 6, last_part do
   redis.call('PEXPIREAT', KEYS[i], deadline)
   redis.call('HDEL', OPS, 'part:' .. KEYS[i])
 end
@@ -31,4 +33,4 @@ for _, part in ipairs(before) do
 end
 change()
 record(ARGV[6], unpack(ARGV, last + 1))
-return answer({'ok'})
+return answer({'ok', redis.call('HGETALL', KEYS[5])})
