@@ -83,12 +83,7 @@ def clean_filename(name: str | None, otherwise: str) -> str:
     """
     last = re.split(r"[/\\]", name or "")[-1]
     visible = "".join(each for each in last if each.isprintable() and not _is_surrogate(each))
-    cleaned = re.sub(r'[<>:"|?*]', "_", visible).strip(". ")
-    while len(cleaned.encode()) > MAX_FILENAME_BYTES:
-        # The ending says what it is, so the middle goes.
-        stem, dot, ending = cleaned.rpartition(".")
-        cleaned = stem[:-1] + dot + ending if stem and len(ending) < 20 else cleaned[:-1]
-    return cleaned or otherwise
+    return _shorten(re.sub(r'[<>:"|?*]', "_", visible).strip(". ")) or otherwise
 
 
 def is_media_type(text: str) -> bool:
@@ -96,10 +91,22 @@ def is_media_type(text: str) -> bool:
     return len(text) <= _LONGEST_TYPE and _MEDIA_TYPE.fullmatch(text) is not None
 
 
+def _shorten(name: str) -> str:
+    if len(name.encode()) <= MAX_FILENAME_BYTES:
+        return name
+    # The ending says what it is, so the middle goes.
+    stem, dot, ending = name.rpartition(".")
+    if not stem or len(ending) > _LONGEST_ENDING:
+        stem, dot, ending = name, "", ""
+    room = MAX_FILENAME_BYTES - len((dot + ending).encode())
+    return stem.encode()[:room].decode(errors="ignore").rstrip(". ") + dot + ending
+
+
 def _is_surrogate(character: str) -> bool:
     return "\ud800" <= character <= "\udfff"
 
 
+_LONGEST_ENDING = 16
 _LONGEST_TYPE = 255
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _MEDIA_TYPE = re.compile(

@@ -11,7 +11,13 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from app.clock import now_ms
-from app.errors import PayloadTooLargeError, StoreError
+from app.errors import (
+    AbsentError,
+    PayloadTooLargeError,
+    RequestError,
+    StateError,
+    StoreError,
+)
 from app.onboarding.files import (
     PART_BYTES,
     FileInfo,
@@ -115,19 +121,24 @@ class FileService:
         info = replace(info, is_document=is_document)
         if request is not None:
             request.add_body(info.checksum)
-        placed = await self._files.place(
-            session_id,
-            FileKind.RESULT,
-            info,
-            event="result_stored",
-            at_ms=info.stored_ms,
-            request=request,
-        )
-        if placed.transfer == info.transfer:
+        try:
+            shown = await self._files.place(
+                session_id,
+                FileKind.RESULT,
+                info,
+                event="result_stored",
+                at_ms=info.stored_ms,
+                request=request,
+            )
+        except (RequestError, AbsentError, StateError):
+            await self._drop(session_id, FileKind.RESULT, info.transfer, info.parts)
+            raise
+        if shown.transfer == info.transfer:
             log.info("result_stored", session_id=session_id, size=info.size)
         else:
-            await self._files.drop_parts(session_id, FileKind.RESULT, info.transfer, info.parts)
-        return view_file(session_id, placed)
+            # The Idempotency-Key was used before: what it showed then is shown.
+            await self._drop(session_id, FileKind.RESULT, info.transfer, info.parts)
+        return view_file(session_id, shown)
 
     async def open(self, session_id: str, kind: FileKind) -> OpenedFile | None:
         """Read a body; None when there is none."""
@@ -171,9 +182,7 @@ class FileService:
             if waiting:
                 await save_next()
         except BaseException:
-            # Where this fails too, their time is limited.
-            with suppress(StoreError):
-                await self._files.drop_parts(session_id, kind, transfer, parts)
+            await self._drop(session_id, kind, transfer, parts)
             raise
         return FileInfo(
             transfer=transfer,
@@ -185,6 +194,11 @@ class FileService:
             is_document=False,
             stored_ms=now_ms(),
         )
+
+    async def _drop(self, session_id: str, kind: FileKind, transfer: str, parts: int) -> None:
+        """Remove parts that nobody will show; where that fails, their time is limited."""
+        with suppress(StoreError):
+            await self._files.drop_parts(session_id, kind, transfer, parts)
 
     async def _read(
         self, session_id: str, kind: FileKind, body: Body

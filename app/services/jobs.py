@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 
 from app.clock import now_ms
-from app.errors import SessionNotFoundError, StoreError
+from app.errors import CorruptRecordError, SessionNotFoundError, StoreError
 from app.onboarding.jobs import Course, Job, plan_job
 from app.settings import load_settings
 from app.store.connect import connect
@@ -65,24 +65,30 @@ class JobService:
         """Keep a job for the length of a block, and take it out of the queue at its end.
 
         It stays in the queue, for this generator or another, when the block is cancelled or the
-        store is away; an error of the generator itself would only come again, so it does not. When
-        another generator has taken the job over, the block is cancelled.
+        store is away. An error of the generator itself would only come again, so it does not. When
+        another generator has taken the job over, the block is ended, and the job is theirs.
         """
         block = asyncio.current_task()
         heartbeat = asyncio.create_task(self._beat(job, block), name="heartbeat")
         try:
             yield
-        except (StoreError, asyncio.CancelledError):
-            if heartbeat.done() and not heartbeat.cancelled() and block is not None:
-                # Cancelled by the heartbeat: the job is somebody else's.
-                block.uncancel()
-                return
-            raise
+        except asyncio.CancelledError:
+            if block is None or not heartbeat.done():
+                raise
+            # It was the heartbeat that cancelled, and nobody else.
+            block.uncancel()
+            return
         except Exception as failure:  # noqa: BLE001 - the reporter has told, and the next job waits
-            log.error("job_failed", session_id=job.session_id, exception=type(failure).__name__)
+            kind = type(failure).__name__
+            if isinstance(failure, StoreError) and not isinstance(failure, CorruptRecordError):
+                log.warning("job_left", session_id=job.session_id, exception=kind)
+                return
+            log.error("job_failed", session_id=job.session_id, exception=kind)
         finally:
             heartbeat.cancel()
-        await self._jobs.finish(job)
+        # If that fails, the job comes once more, and is found to be done.
+        with suppress(StoreError):
+            await self._jobs.finish(job)
         log.info("job_finished", session_id=job.session_id, revision=job.revision)
 
     async def aclose(self) -> None:

@@ -22,6 +22,9 @@ if file_values > 0 then
     end
   end
   redis.call('HSET', KEYS[5], unpack(ARGV, 10, 9 + file_values))
+  for i = 6, #KEYS do
+    redis.call('HSET', OPS, 'part:' .. KEYS[i], 'kept')
+  end
 end
 redis.call('HSET', METADATA, 'created_at', at_ms, unpack(ARGV, 10 + file_values))
 state.saved = string.rep('0', tonumber(ARGV[8]))

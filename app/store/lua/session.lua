@@ -102,8 +102,8 @@ local function record(kind, ...)
   return redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'type', kind, 'at', at_ms, ...)
 end
 
--- Forget operations of older turns, records that have had their time, bodies that were never
--- finished, and the ids that senders gave to events which are in the log no more.
+-- Forget operations of older turns, records that have had their time, parts of bodies that were
+-- never finished, and the ids that senders gave to events which are in the log no more.
 local function forget_older_turns()
   local stale = {}
   local fields = redis.call('HGETALL', OPS)
@@ -115,7 +115,7 @@ local function forget_older_turns()
     local kind = string.match(name, '^(%a+):')
     local is_stale = of and of < turn - 1
     if kind == 'key' or kind == 'part' then
-      is_stale = tonumber(value) < now_ms
+      is_stale = (tonumber(value) or now_ms) < now_ms
     elseif kind == 'event' then
       is_stale = tonumber(string.match(value, '^%["(%d+)%-')) < oldest_ms
     end

@@ -26,10 +26,11 @@ redis.call('HSET', KEYS[5], unpack(ARGV, 8, last))
 redis.call('PEXPIREAT', KEYS[5], deadline)
 for i = 6, last_part do
   redis.call('PEXPIREAT', KEYS[i], deadline)
-  redis.call('HDEL', OPS, 'part:' .. KEYS[i])
+  redis.call('HSET', OPS, 'part:' .. KEYS[i], 'kept')
 end
 for _, part in ipairs(before) do
   redis.call('DEL', part)
+  redis.call('HDEL', OPS, 'part:' .. part)
 end
 change()
 record(ARGV[6], unpack(ARGV, last + 1))
