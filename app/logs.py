@@ -34,6 +34,8 @@ def configure_logging(level: str, style: Literal["json", "console"] | None) -> N
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_Bridge()], level=logging.WARNING, force=True)
+    # It warns of every form that a client got wrong.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
         library = logging.getLogger(name)
         library.handlers, library.propagate = [], True

@@ -6,7 +6,9 @@ can show that it would fall: once over `app/`, and once over a few lines that of
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -38,14 +40,19 @@ ARROWS: dict[str, set[str]] = {
     "main": {"api", "wiring", "settings", "logs", *EVERYONES},
     "server": {"api", *EVERYONES},
     "__main__": {"main", "server", "settings", "logs", "store", *EVERYONES},
+    # Beside it: who talks to it over HTTP, from another process, and who shows how to generate.
+    "client": {"services", "onboarding", "errors", "clock"},
+    "generator": {"services", "store", "onboarding", "settings", "logs", *EVERYONES},
 }
 """Which parts of `app` a part may import."""
 
 HOMES: dict[str, set[str]] = {
     "redis": {"store"},
-    "tenacity": {"store"},
+    "tenacity": {"store", "client"},
     "starlette": {"api", "main"},
+    "python_multipart": {"api"},
     "uvicorn": {"server", "__main__"},
+    "httpx2": {"client"},
 }
 """The parts that alone may import a library."""
 
@@ -59,7 +66,7 @@ ASYNCHRONOUS = (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)
 
 FEATURES = {
     *("sessions", "steps", "progress", "catalogue", "exports", "generation", "tasks"),
-    *("retention", "stats", "access", "limits", "assistant", "health"),
+    *("retention", "stats", "access", "limits", "assistant", "health", "events", "files", "jobs"),
 }
 """The stems of the features: the same one in every ring."""
 
@@ -67,6 +74,7 @@ INFRASTRUCTURE: dict[str, str] = {
     "onboarding/documents": "JSON that is kept exactly: one rule for HTTP and Python callers",
     "onboarding/idempotency": "what makes two requests the same, whatever they ask for",
     "services/background": "what is done again and again beside the requests",
+    "services/reporter": "what a generator reports through, in any process",
     "store/client": "from an address to a client of the Redis library",
     "store/connect": "from the settings to a gateway, the one way in",
     "store/embedded": "the server that runs when no other is configured",
@@ -74,6 +82,7 @@ INFRASTRUCTURE: dict[str, str] = {
     "store/gateway": "the one way to the store, and the one layer that retries",
     "store/keys": "the name of every key",
     "store/scripts": "loads the Lua files",
+    "store/subscription": "the one connection on which the store says which logs have grown",
     "services/manager": "the one class about one session, by the name that callers know",
     "api/calls": "a checked request, as handlers see it",
     "api/dispatch": "from a request to a call, the checks in their order",
@@ -84,8 +93,13 @@ INFRASTRUCTURE: dict[str, str] = {
     "api/operations": "the shape of an entry in the table of operations",
     "api/problems": "errors as answers",
     "api/routes": "the table of operations",
+    "api/streaming": "bodies that come and go in pieces",
+    "api/uploads": "a form with a file, taken apart as it comes",
 }
 """The modules that serve every feature, with the reason why each is none."""
+
+INCLUDE = re.compile(r"-- include (\w+)\.lua\n")
+"""How the first line of a script asks for another file."""
 
 NAMELESS = {"core", "common", "util", "utils", "helper", "helpers", "lib", "base", "misc"}
 """Names that say nothing about what is inside."""
@@ -194,15 +208,24 @@ def strangers(path: str, _: str = "") -> list[str]:
     return [] if known else [f"{path} is part of no feature"]
 
 
-def orphans(scripts: Iterable[str], sources: Iterable[str]) -> list[str]:
-    """Find Lua scripts whose name no call in the sources begins with."""
-    called = {
+def orphans(scripts: Mapping[str, str], sources: Iterable[str]) -> list[str]:
+    """Find Lua scripts, given by name and text, that nobody loads.
+
+    One is loaded when a call in the sources names it first, or another one that is loaded asks for
+    it.
+    """
+    loaded = {
         first_text(node)
         for source in sources
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
     }
-    return sorted(set(scripts) - called)
+    while True:
+        texts = [text for name, text in scripts.items() if name in loaded]
+        asked = {found[1] for text in texts if (found := INCLUDE.match(text))}
+        if asked <= loaded:
+            return sorted(scripts.keys() - loaded)
+        loaded |= asked
 
 
 Wall = Callable[[str, str], list[str]]
@@ -238,7 +261,7 @@ def test_scripts_are_named_by_what_they_do_and_finished() -> None:
 
 
 def test_every_script_is_loaded_by_name() -> None:
-    scripts = [PurePosixPath(path).stem for path in files_of("**/*.lua")]
+    scripts = {PurePosixPath(path).stem: text for path, text in files_of("**/*.lua").items()}
     assert orphans(scripts, files_of("store/*.py").values()) == []
 
 
@@ -251,6 +274,20 @@ def test_no_module_is_named_as_infrastructure_that_is_not_there() -> None:
     assert set(INFRASTRUCTURE) - present == set()
     assert {stem.split("/")[1] for stem in INFRASTRUCTURE} & FEATURES == set()
     assert set(ARROWS) - set(RINGS) == {path.removesuffix(".py") for path in files_of("*.py")}
+
+
+def test_a_client_in_a_process_of_its_own_loads_no_store_and_no_server() -> None:
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, app.client; print(*sys.modules)"],
+        cwd=APP.parent,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    ).stdout.split()
+    assert "app.client" in loaded
+    unwanted = {"redis", "starlette", "uvicorn", "app.store", "app.api", "app.settings"}
+    assert unwanted & set(loaded) == set()
 
 
 # --- Each wall can fall ---------------------------------------------------------------------------
@@ -276,12 +313,19 @@ OFFENCES: list[tuple[Wall, str, str]] = [
     (arrows_back, "settings.py", "from app.store.connect import connect"),
     (arrows_back, "wiring.py", "from app.main import create_app"),
     (arrows_back, "main.py", "from app.store.gateway import Gateway"),
+    (arrows_back, "client.py", "from app.store.gateway import Gateway"),
+    (arrows_back, "client.py", "from app.settings import load_settings"),
+    (arrows_back, "generator.py", "from app.wiring import build_services"),
+    (arrows_back, "services/generation.py", "from app.client import OnboardingClient"),
     (arrows_back, "unknown.py", "from app.errors import Fault"),
     (libraries_from_home, "services/health.py", "import redis"),
     (libraries_from_home, "onboarding/steps.py", "from redis.asyncio import Redis"),
     (libraries_from_home, "settings.py", "import redis.asyncio as client"),
     (libraries_from_home, "api/health.py", "from redis.exceptions import RedisError"),
     (libraries_from_home, "services/manager.py", "from tenacity import retry"),
+    (libraries_from_home, "generator.py", "import tenacity"),
+    (libraries_from_home, "services/files.py", "import python_multipart"),
+    (libraries_from_home, "services/reporter.py", "from httpx2 import AsyncClient"),
     (libraries_from_home, "services/health.py", "from starlette.responses import Response"),
     (libraries_from_home, "wiring.py", "import starlette.applications"),
     (libraries_from_home, "main.py", "import uvicorn"),
@@ -336,9 +380,24 @@ def test_a_script_that_nobody_loads_is_found() -> None:
         'gateway.run("save_step", keys)\n# delete_step\nx = "read_step"',
         'f(1, "move_step")\n"""copy_step"""',
     ]
-    scripts = ["save_step", "delete_step", "read_step", "move_step", "copy_step"]
+    named = ["save_step", "delete_step", "read_step", "move_step", "copy_step"]
+    scripts = dict.fromkeys(named, "-- Do it.\n")
     assert orphans(scripts, sources) == ["copy_step", "delete_step", "move_step", "read_step"]
-    assert orphans(["save_step"], sources) == []
+    assert orphans({"save_step": ""}, sources) == []
+
+
+def test_a_script_is_loaded_by_another_one_that_asks_for_it_and_is_called() -> None:
+    sources = ['gateway.run("save_step", keys)']
+    scripts = {
+        "save_step": "-- include opening.lua\n-- Do it.\n",
+        "opening": "-- include parts.lua\n",
+        "parts": "",
+        "read_step": "-- include reading.lua\n",
+        "reading": "",
+        "named": "",
+    }
+    scripts["save_step"] += "-- include named.lua\n"
+    assert orphans(scripts, sources) == ["named", "read_step", "reading"]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +410,8 @@ def test_a_script_that_nobody_loads_is_found() -> None:
         ("api/steps.py", "from starlette.responses import Response\nfrom app.api import calls"),
         ("main.py", "import starlette\nfrom app import __version__\nfrom app.api import routes"),
         ("__main__.py", "import uvicorn\nfrom app.store.embedded import EmbeddedStore"),
+        ("client.py", "import httpx2\nimport tenacity\nfrom app.services import reporter"),
+        ("generator.py", "from app.services.jobs import JobService\nimport rfc8785"),
         ("store/steps.py", "import tenacity_like\nimport redistribution\nimport application"),
         ("api/tasks.py", "TODOS = 1\ncoretime = 2"),
     ],

@@ -3,8 +3,7 @@
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from email.message import Message
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from app.errors import InvalidHeaderError, InvalidIdempotencyKeyError, UnsupportedMediaTypeError
 from app.onboarding.files import ANY_TYPE, is_media_type
@@ -28,6 +27,10 @@ class EntityTags:
         opaque = self.strong | self.weak if weakly else self.strong
         numbers = frozenset(int(tag) for tag in opaque if _VERSION.fullmatch(tag))
         return Tags(any_version=self.any, versions=numbers)
+
+
+LONGEST_DISPOSITION = 4096
+"""Longest Content-Disposition that is read, in bytes."""
 
 
 def parse_entity_tags(name: str, lines: list[str]) -> EntityTags | None:
@@ -106,16 +109,26 @@ def parse_content_type(value: str | None) -> str:
 def parse_filename(disposition: str | None) -> str | None:
     """Read the file name of a Content-Disposition; None when there is none.
 
-    `filename*` (RFC 8187) beats `filename`; bytes beyond ASCII are taken for UTF-8, which is what
-    browsers send (RFC 7578 section 4.2).
+    `filename*` (RFC 8187) beats `filename`, of which bytes beyond ASCII are taken for UTF-8, as
+    browsers send them (RFC 7578 section 4.2). Raises `InvalidHeaderError`.
     """
     if disposition is None:
         return None
-    message = Message()
+    if len(disposition) > LONGEST_DISPOSITION:
+        raise InvalidHeaderError(f"A Content-Disposition has at most {LONGEST_DISPOSITION} bytes")
+    found: dict[str, str] = {}
+    for name, value in _PARAMETER.findall(disposition):
+        found.setdefault(name.lower(), value)
+    extended = _EXTENDED.fullmatch(found.get("filename*", "").strip())
+    if extended:
+        charset = "utf-8" if extended[1].lower() == "utf-8" else "latin-1"
+        return unquote(extended[2], charset, "replace")
+    plain = found.get("filename", "").strip()
+    if plain.startswith('"'):
+        plain = re.sub(r'\\(["\\])', r"\1", plain[1:-1])
     with suppress(UnicodeError):
-        disposition = disposition.encode("latin-1").decode()
-    message["content-disposition"] = disposition.replace("\r", " ").replace("\n", " ")
-    return message.get_filename()
+        plain = plain.encode("latin-1").decode()
+    return plain or None
 
 
 def format_disposition(filename: str) -> str:
@@ -141,3 +154,6 @@ _TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 # Empty elements are allowed in a list (RFC 9110 section 5.6.1.2). Possessive groups are not needed:
 # every part begins with a character of its own, so there is nothing to backtrack into.
 _TAG_LIST = re.compile(rf"(?:,[ \t]*)*{_TAG.pattern}(?:[ \t]*,(?:[ \t]*{_TAG.pattern})?)*")
+
+_PARAMETER = re.compile(r';[ \t]*([^\s=;"]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^;"]*)')
+_EXTENDED = re.compile(r"(?i)(utf-8|iso-8859-1)'[^']*'(\S*)")

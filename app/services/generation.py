@@ -251,10 +251,17 @@ def get_generation_service() -> GenerationService:
 
 
 def __getattr__(name: str) -> Any:
-    """Give the methods of this process's service, which callers import from here by name."""
-    if name in _CALLED_BY_NAME:
-        return getattr(get_generation_service(), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Give the methods of this process's service, which callers import from here by name.
+
+    The service is made when one of them is called, and not by the import.
+    """
+    if name not in _CALLED_BY_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    async def call(*arguments: Any, **options: Any) -> Any:
+        return await getattr(get_generation_service(), name)(*arguments, **options)
+
+    return call
 
 
 _CALLED_BY_NAME = frozenset(

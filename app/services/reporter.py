@@ -70,7 +70,7 @@ class ProgressReporter:
         self._run = os.urandom(8).hex()
         self._count = 0
         self._is_full = False
-        self._is_over = False
+        self._is_running = False
         self._waiting: deque[ProgressEvent] = deque()
         self._calls = threading.Lock()
         self._more = asyncio.Event()
@@ -80,10 +80,11 @@ class ProgressReporter:
         self._loop = asyncio.get_running_loop()
         await self._desk.update_session_status(self._session_id, SessionStatus.PROCESSING)
         self._delivery = asyncio.create_task(self._deliver(), name="progress-reports")
+        self._is_running = True
         return self
 
     def __call__(self, stage: str, progress: int | None = None, message: str | None = None) -> None:
-        """Report the run as a whole. Raises `InvalidRequestError`, `RuntimeError` after its end."""
+        """Report the run as a whole. Raises `InvalidRequestError`, `RuntimeError` outside it."""
         self._report(None, stage, progress, message)
 
     def question(self, number: int) -> Report:
@@ -100,13 +101,13 @@ class ProgressReporter:
         traceback: TracebackType | None,
     ) -> None:
         """Deliver what is left and set the status that the run ended with."""
-        if isinstance(failure, asyncio.CancelledError):
-            self._is_over = True
-            self._delivery.cancel()
-            return
         if failure is None and not self._is_full:
             self("complete")
-        self._is_over = True
+        with self._calls:
+            self._is_running = False
+        if isinstance(failure, asyncio.CancelledError):
+            self._delivery.cancel()
+            return
         self._more.set()
         try:
             await self._delivery
@@ -131,8 +132,8 @@ class ProgressReporter:
         own = progress_of_stage(stage) if progress is None else progress
         check_progress_event(ProgressEvent(self._session_id, stage, own, message))
         with self._calls:
-            if self._is_over:
-                raise RuntimeError("the run has ended, nothing more can be reported")
+            if not self._is_running:
+                raise RuntimeError("the run has ended, or not begun: report within its block")
             if question is not None:
                 self._progress[question] = own
                 own = add_up(self._progress)
@@ -149,7 +150,7 @@ class ProgressReporter:
             await self._more.wait()
             self._more.clear()
             while self._waiting:
-                last_try = self._is_over
+                last_try = not self._is_running
                 try:
                     await self._desk.add_progress_event(self._waiting[0])
                 except StoreError:
@@ -158,5 +159,5 @@ class ProgressReporter:
                     await asyncio.sleep(SEND_AGAIN_S)
                     continue
                 self._waiting.popleft()
-            if self._is_over:
+            if not self._is_running:
                 return

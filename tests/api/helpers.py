@@ -36,12 +36,15 @@ STATUSES = {
     "step_not_found": 404,
     "draft_not_found": 404,
     "export_not_found": 404,
+    "result_not_found": 404,
+    "upload_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
     "session_finalized": 409,
     "nothing_to_finalize": 409,
     "steps_missing": 409,
     "not_finalized": 409,
+    "invalid_transition": 409,
     "generation_running": 409,
     "idempotency_in_progress": 409,
     "session_conflict": 409,
@@ -55,6 +58,7 @@ STATUSES = {
     "corrupt_record": 500,
     "store_unavailable": 503,
     "store_full": 503,
+    "deadline_exceeded": 504,
 }
 """The status that the contract gives to each code."""
 
@@ -101,6 +105,17 @@ REOPEN = Call("POST", _SESSION + "/reopen")
 GET_SESSION = Call("GET", _SESSION)
 DELETE_SESSION = Call("DELETE", _SESSION)
 CREATE = Call("POST", BASE + "/session", {"workspace_id": "w1"})
+GET_STATUS = Call("GET", _SESSION + "/status")
+SET_STATUS = Call("PUT", _SESSION + "/status", {"status": "processing"})
+ADD_EVENT = Call("POST", _SESSION + "/events", {"stage": "a stage", "progress": 10})
+GET_EVENTS = Call("GET", _SESSION + "/events")
+GET_LANGUAGE = Call("GET", _SESSION + "/language")
+SET_LANGUAGE = Call("PUT", _SESSION + "/language", {"language": "de"})
+PUT_RESULT = Call("PUT", _SESSION + "/result", {"made": 1})
+GET_RESULT = Call("GET", _SESSION + "/result")
+GET_UPLOAD = Call("GET", _SESSION + "/upload")
+GET_SHORT_STATUS = Call("GET", "/api/status/{id}")
+DOWNLOAD = Call("GET", "/api/download/{id}")
 
 STEP_CALLS = [
     *(SAVE, PUT, PATCH, DELETE_STEP, GET_STEP),
@@ -111,9 +126,11 @@ STEP_CALLS = [
 SESSION_CALLS = [
     *STEP_CALLS,
     *(BATCH, GET_STEPS, GET_PROGRESS, GET_SUMMARY, FINALIZE, GET_EXPORT, REOPEN),
+    *(GET_STATUS, SET_STATUS, ADD_EVENT, GET_EVENTS, GET_LANGUAGE, SET_LANGUAGE),
+    *(PUT_RESULT, GET_RESULT, GET_UPLOAD, GET_SHORT_STATUS, DOWNLOAD),
     *(GET_SESSION, DELETE_SESSION),
 ]
-"""The calls whose path names a session."""
+"""The calls whose path names a session; the live stream, which does not end, aside."""
 
 BODY_CALLS = [SAVE, PUT, BATCH, PATCH, PUT_DRAFT, CREATE, FINALIZE]
 """The calls that take a body."""

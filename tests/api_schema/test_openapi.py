@@ -18,8 +18,11 @@ from tests.service import BASE
 SESSION = BASE + "/{id}"
 STEP = SESSION + "/steps/{n}"
 
+STREAM = SESSION + "/events/stream"
+
 STORE = {"store_unavailable", "overloaded", "store_full", "store_readonly", "deadline_exceeded"}
 BODY = {"malformed_json", "payload_too_large", "unsupported_media_type"}
+FILE = {"payload_too_large", "unsupported_media_type", "invalid_header"}
 KEY = {"invalid_idempotency_key", "idempotency_mismatch", "idempotency_in_progress"}
 PATH = {"session_not_found"}
 NUMBER = {"session_not_found", "invalid_step_id"}
@@ -51,6 +54,23 @@ CONTRACT: dict[tuple[str, str], set[str]] = {
     | {"nothing_to_finalize", "steps_missing", "session_conflict", "corrupt_record"},
     ("GET", f"{SESSION}/export"): PATH | {"export_not_found", "invalid_header"},
     ("POST", f"{SESSION}/reopen"): STORE | PATH | {"not_finalized", "generation_running"},
+    ("GET", f"{SESSION}/status"): PATH | {"corrupt_record"},
+    ("PUT", f"{SESSION}/status"): STORE
+    | BODY
+    | KEY
+    | PATH
+    | {"invalid_request", "invalid_transition"},
+    ("POST", f"{SESSION}/events"): STORE | BODY | KEY | PATH | {"invalid_request"},
+    ("GET", f"{SESSION}/events"): PATH | {"invalid_request", "corrupt_record"},
+    ("GET", STREAM): PATH | {"too_many_streams", "corrupt_record"},
+    ("GET", f"{SESSION}/language"): PATH | {"corrupt_record"},
+    ("PUT", f"{SESSION}/language"): STORE | BODY | KEY | PATH | {"invalid_request"},
+    ("PUT", f"{SESSION}/result"): STORE | FILE | KEY | PATH | {"session_conflict"},
+    ("GET", f"{SESSION}/result"): PATH | {"result_not_found", "invalid_header", "corrupt_record"},
+    ("GET", f"{SESSION}/upload"): PATH | {"upload_not_found", "invalid_header", "corrupt_record"},
+    ("POST", "/api/upload"): STORE | FILE | {"invalid_request", "session_conflict"},
+    ("GET", "/api/status/{id}"): PATH | {"corrupt_record"},
+    ("GET", "/api/download/{id}"): PATH | {"result_not_found", "invalid_header", "corrupt_record"},
     **{("GET", path): set() for path in (f"{BASE}/steps", "/livez", "/health", "/healthz")},
     **{("GET", path): set() for path in ("/readyz", "/openapi.json", "/docs")},
 }
@@ -137,20 +157,42 @@ def test_an_operation_describes_what_it_takes(operation: Operation) -> None:
         assert in_path == set(re.findall(r"\{(\w+)\}", operation.path))
         assert all(each["required"] for each in parameters.values() if each["in"] == "path")
         headers = {name for name, each in parameters.items() if each["in"] == "header"}
-        expected = {"X-Request-ID", *operation.preconditions}
+        expected = {"X-Request-ID", *operation.preconditions, *operation.headers}
         assert headers == expected | ({"Idempotency-Key"} if operation.idempotency_key else set())
+        in_query = {name for name, each in parameters.items() if each["in"] == "query"}
+        assert in_query == {name for name, _, _ in operation.query}
         assert ("requestBody" in written) == (operation.body is not None)
         assert all(each["description"] for each in parameters.values())
 
 
-def test_a_patch_may_come_as_a_merge_patch_and_nothing_else_may() -> None:
+def test_a_body_is_json_but_for_a_merge_patch_a_form_and_a_result_that_may_be_anything() -> None:
     taken = {
         call: set(operation["requestBody"]["content"])
         for call, operation in operations().items()
         if "requestBody" in operation
     }
     assert taken.pop(("PATCH", STEP)) == {"application/json", "application/merge-patch+json"}
+    assert taken.pop(("PUT", f"{SESSION}/result")) == {"*/*"}
+    assert taken.pop(("POST", "/api/upload")) == {"multipart/form-data"}
     assert all(each == {"application/json"} for each in taken.values())
+
+
+def test_a_live_stream_is_described_as_one_that_can_be_resumed() -> None:
+    stream = operations()[("GET", STREAM)]
+    assert list(stream["responses"]["200"]["content"]) == ["text/event-stream"]
+    resumed = parameters_of(stream)["Last-Event-ID"]
+    assert (resumed["in"], resumed["required"]) == ("header", False)
+    assert "429" in stream["responses"]
+
+
+@pytest.mark.parametrize("path", [f"{SESSION}/result", f"{SESSION}/upload", "/api/download/{id}"])
+def test_a_download_is_described_as_an_attachment_of_any_type(path: str) -> None:
+    answer = operations()[("GET", path)]["responses"]["200"]
+    assert list(answer["content"]) == ["*/*"]
+    assert {"ETag", "Content-Disposition"} <= set(answer["headers"])
+    schema = answer["content"]["*/*"].get("schema", {})
+    for content in ("text", {"an": "object"}, [1]):
+        assert validator_of(schema).is_valid(content)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +205,10 @@ def test_a_patch_may_come_as_a_merge_patch_and_nothing_else_may() -> None:
         ("If-Match", '"3", W/"4"'),
         ("If-Match", "*"),
         ("X-Request-ID", "a.b-c_1"),
+        ("Last-Event-ID", "1767268800000-0"),
+        ("Last-Event-ID", "what nobody can read"),
+        ("Content-Disposition", 'attachment; filename="a.pdf"'),
+        ("Content-Disposition", "attachment; filename*=UTF-8''%c3%a9.pdf"),
         ("n", "23"),
         ("id", "7b4f3c1e-9d2a-4b6c-8e1f-0a2b3c4d5e6f"),
     ],
@@ -170,6 +216,44 @@ def test_a_patch_may_come_as_a_merge_patch_and_nothing_else_may() -> None:
 def test_what_the_contract_takes_as_a_parameter_the_document_allows(name: str, value: str) -> None:
     schema = described()["components"]["parameters"][name]["schema"]
     assert validator_of(schema).is_valid(value)
+
+
+@pytest.mark.parametrize(
+    ("call", "body", "allowed"),
+    [
+        ("PUT status", {"status": "processing"}, True),
+        ("PUT status", {"status": "error", "error_message": "no model"}, True),
+        ("PUT status", {"status": "error", "error_message": None, "more": 1}, True),
+        ("PUT status", {"status": "pending"}, False),
+        ("PUT status", {"status": "done"}, False),
+        ("PUT status", {}, False),
+        ("POST events", {"stage": "a", "progress": 0}, True),
+        (
+            "POST events",
+            {"stage": "a" * 128, "progress": 100, "message": "", "event_id": "e"},
+            True,
+        ),
+        ("POST events", {"stage": "", "progress": 0}, False),
+        ("POST events", {"stage": "a" * 129, "progress": 0}, False),
+        ("POST events", {"stage": "a", "progress": 101}, False),
+        ("POST events", {"stage": "a", "progress": -1}, False),
+        ("POST events", {"stage": "a", "progress": 0.5}, False),
+        ("POST events", {"stage": "a", "progress": True}, False),
+        ("POST events", {"stage": "a", "progress": 0, "event_id": ""}, False),
+        ("POST events", {"progress": 0}, False),
+        ("POST events", {"stage": "a"}, False),
+        ("PUT language", {"language": "pt-BR"}, True),
+        ("PUT language", {"language": 1}, False),
+        ("PUT language", {}, False),
+    ],
+    ids=str,
+)
+def test_what_a_generator_sends_is_described_as_the_contract_has_it(
+    call: str, body: Any, allowed: bool
+) -> None:
+    method, name = call.split()
+    content = operations()[(method, f"{SESSION}/{name}")]["requestBody"]["content"]
+    assert validator_of(content["application/json"]["schema"]).is_valid(body) == allowed
 
 
 @pytest.mark.parametrize(
@@ -282,30 +366,110 @@ class Walker:
         target = path.replace("{id}", self.session_id).replace("{n}", str(step))
         response = await self._api.request(method, target, **request)
         assert response.status_code == status, response.text
-        self._check(operations()[(method, path)], response)
+        content = self._check(operations()[(method, path)], response)
         self.seen.add((method, path, status))
-        return response.json() if response.content else None
-
-    def _check(self, operation: dict[str, Any], response: Response) -> None:
-        described_as = resolve(operation["responses"][str(response.status_code)])
-        headers = set(described_as["headers"])
-        assert "x-request-id" in response.headers
-        for name in ("ETag", "Location", "Idempotent-Replayed"):
-            if name in response.headers:
-                assert name in headers
-        for name in headers - {"Idempotent-Replayed"}:
-            assert name in response.headers
-        content = described_as.get("content")
         if content is None:
             assert response.content == b""
-            return
+            return None
+        if "*/*" in content:
+            return response.content
         media_type = response.headers["content-type"].partition(";")[0]
         answer = orjson.loads(response.content)
         faults = validator_of(content[media_type]["schema"], closed=True).iter_errors(answer)
         assert [(each.instance_path, each.message) for each in faults] == []
+        return answer
+
+    async def begin_to_follow(self, path: str) -> str:
+        """Begin to read an answer without an end, check it as far as that goes, and leave."""
+        async with self._api.stream("GET", path.replace("{id}", self.session_id)) as response:
+            assert response.status_code == 200
+            content = self._check(operations()[("GET", path)], response)
+            assert content is not None
+            assert response.headers["content-type"].partition(";")[0] in content
+            self.seen.add(("GET", path, 200))
+            text = ""
+            async for line in response.aiter_lines():
+                if text and not line:
+                    break
+                text += "" if line.startswith("retry:") else f"{line}\n".lstrip("\n")
+        return text
+
+    def _check(self, operation: dict[str, Any], response: Response) -> dict[str, Any] | None:
+        """Check the head of an answer, and give the media types that it may have."""
+        described_as = resolve(operation["responses"][str(response.status_code)])
+        headers = set(described_as["headers"])
+        assert "x-request-id" in response.headers
+        for name in ("ETag", "Location", "Idempotent-Replayed", "Content-Disposition"):
+            if name in response.headers:
+                assert name in headers
+        for name in headers - {"Idempotent-Replayed"}:
+            assert name in response.headers
+        content: dict[str, Any] | None = described_as.get("content")
+        return content
 
 
+JSON = {"content-type": "application/json"}
+KEYED = {"idempotency-key": "k4"}
 DATA = {"data": {"company_name": "Test Corp", "n": 1.5, "nested": {"a": [None, True, {}]}}}
+
+
+async def walk_through_a_generation(walk: Walker) -> None:
+    """Walk on through the generation of a finalized session."""
+    await walk("GET", f"{SESSION}/status", 200)
+    await walk("PUT", f"{SESSION}/status", 409, json={"status": "complete"})
+    await walk("PUT", f"{SESSION}/status", 422, json={"status": "pending"})
+    await walk("PUT", f"{SESSION}/status", 400, content=b"{", headers=JSON)
+    for _ in range(2):
+        processing = {"status": "processing"}
+        await walk("PUT", f"{SESSION}/status", 200, json=processing, headers=KEYED)
+    await walk("POST", f"{SESSION}/reopen", 409)
+
+    report = {"stage": "answer_generation", "progress": 40, "message": "é", "event_id": "e1"}
+    first = await walk("POST", f"{SESSION}/events", 201, json=report)
+    assert await walk("POST", f"{SESSION}/events", 200, json=report) == first
+    for status in (200, 200):
+        await walk("POST", f"{SESSION}/events", status, json=report, headers=KEYED)
+    other = {"stage": "visual_detection", "progress": 70}
+    for _ in range(2):
+        key = {"idempotency-key": "another"}
+        await walk("POST", f"{SESSION}/events", 201, json=other, headers=key)
+    await walk("POST", f"{SESSION}/events", 422, json={**report, "progress": 101})
+    await walk(
+        "POST", f"{SESSION}/events", 415, content=b"a", headers={"content-type": "text/plain"}
+    )
+
+    await walk("GET", f"{SESSION}/language", 200)
+    for _ in range(2):
+        await walk("PUT", f"{SESSION}/language", 200, json={"language": "de"}, headers=KEYED)
+    await walk("PUT", f"{SESSION}/language", 422, json={"language": "no language"})
+
+    await walk("GET", f"{SESSION}/result", 404)
+    await walk("GET", f"{SESSION}/upload", 404)
+    for content, media_type in ((b"{}", "application/json"), (b"\x00\xff", "image/png")):
+        headers = {"content-type": media_type, "content-disposition": 'attachment; filename="a"'}
+        for _ in range(2):
+            stored = await walk(
+                *("PUT", f"{SESSION}/result", 201),
+                content=content,
+                headers={**headers, "idempotency-key": media_type.replace("/", ".")},
+            )
+        assert await walk("GET", f"{SESSION}/result", 200) == content
+    await walk("PUT", f"{SESSION}/result", 400, content=b"x", headers={"content-type": "no type"})
+    etag = {"if-none-match": f'"{stored["checksum"]}"'}
+    await walk("GET", f"{SESSION}/result", 304, headers=etag)
+    await walk("GET", f"{SESSION}/result", 400, headers={"if-none-match": "x"})
+
+    await walk("PUT", f"{SESSION}/status", 200, json={"status": "error", "error_message": "m"})
+    log = await walk("GET", f"{SESSION}/events", 200)
+    assert len({event["type"] for event in log["events"]}) >= 8
+    page = await walk("GET", f"{SESSION}/events", 200, params={"limit": "2", "type": "progress"})
+    assert [event["stage"] for event in page["events"]] == [report["stage"], other["stage"]]
+    await walk("GET", f"{SESSION}/events", 422, params={"limit": "0"})
+    await walk("GET", "/api/status/{id}", 200)
+
+    text = await walk.begin_to_follow(STREAM)
+    assert "event: snapshot\n" in text
+    assert '"status":"error"' in text
 
 
 async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: AsyncClient) -> None:
@@ -369,11 +533,25 @@ async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: Async
     etag = f'"{export["checksum"]}"'
     await walk("GET", f"{SESSION}/export", 304, headers={"if-none-match": etag})
     await walk("GET", SESSION, 200)
+    await walk_through_a_generation(walk)
     await walk("POST", f"{SESSION}/reopen", 200)
     await walk("GET", f"{SESSION}/progress", 200)
     await walk("DELETE", SESSION, 200)
     await walk("GET", SESSION, 404)
     await walk("DELETE", SESSION, 404)
+    await walk("GET", STREAM, 404)
+
+    made = await walk("POST", "/api/upload", 201, files={"file": ("a.txt", b"text", "text/plain")})
+    await walk("POST", "/api/upload", 415, json={"file": "text"})
+    await walk("POST", "/api/upload", 422, files={"other": ("a.txt", b"text")})
+    walk.session_id = made["session_id"]
+    await walk("GET", "/api/status/{id}", 200)
+    assert await walk("GET", f"{SESSION}/upload", 200) == b"text"
+    await walk("GET", f"{SESSION}/upload", 304, headers={"if-none-match": "*"})
+    await walk("GET", "/api/download/{id}", 404)
+    await walk("PUT", f"{SESSION}/result", 201, content=b"result")
+    assert await walk("GET", "/api/download/{id}", 200) == b"result"
+    await walk("DELETE", SESSION, 200)
 
     for probe in ("/livez", "/health", "/healthz", "/readyz"):
         await walk("GET", probe, 200)

@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 import app
 from app.errors import (
+    BodyLostError,
     DraftNotFoundError,
     InvalidRequestError,
     InvalidStepDataError,
@@ -33,6 +34,8 @@ from app.errors import (
     VersionConflictError,
 )
 from app.onboarding.exports import compute_checksum
+from app.onboarding.files import FileInfo, FileKind
+from app.onboarding.sessions import Owner
 from app.onboarding.steps import Precondition, Tags
 from app.services.manager import (
     OnboardingSessionManager,
@@ -41,6 +44,7 @@ from app.services.manager import (
 )
 from app.settings import load_settings
 from app.store.connect import connect
+from app.store.files import FileStore
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway
 from tests.servers import HOST, Valkey, free_ports
@@ -227,6 +231,57 @@ class TestCreate:
         with pytest.raises(InvalidRequestError):
             await manager.create_session(**bad)
         assert await keys_of(gateway) == set()
+
+
+NOBODY = Owner(None, None, "de")
+UPLOAD = FileInfo(
+    transfer="t",
+    parts=2,
+    size=5,
+    content_type="text/plain",
+    filename="a.txt",
+    checksum="sha256:0a",
+    is_document=False,
+    stored_ms=1_767_268_800_000,
+)
+
+
+class TestCreateWithAFile:
+    @pytest.fixture
+    def files(self, gateway: Gateway) -> FileStore:
+        return FileStore(gateway, gateway)
+
+    async def test_makes_a_session_of_its_owner_that_has_the_file_whose_parts_are_kept(
+        self, manager: Manager, gateway: Gateway, files: FileStore
+    ) -> None:
+        for number, data in ((1, b"abc"), (2, b"de")):
+            await files.save_early_part("s", FileKind.UPLOAD, "t", number, data)
+        await manager.begin_session_with("s", NOBODY, upload=UPLOAD)
+
+        session = await manager.get_session("s")
+        assert (session["workspace_id"], session["user_id"]) == (None, None)
+        assert (session["language"], session["status"]) == ("de", "pending")
+        body = await files.get("s", FileKind.UPLOAD)
+        assert body is not None
+        assert (body.info, body.first) == (UPLOAD, b"abc")
+        assert await files.get_part("s", FileKind.UPLOAD, UPLOAD, 2) == b"de"
+        assert await files.get("s", FileKind.RESULT) is None
+        await manager.save_step("s", 1, {"a": 1})
+        await manager.delete_session("s")
+        assert await keys_of(gateway) == set()
+
+    @pytest.mark.parametrize("kept", [[], [1], [2]])
+    async def test_makes_none_when_a_part_of_the_file_is_gone(
+        self, manager: Manager, gateway: Gateway, files: FileStore, kept: list[int]
+    ) -> None:
+        for number in kept:
+            await files.save_early_part("s", FileKind.UPLOAD, "t", number, b"x")
+        before = await keys_of(gateway)
+        with pytest.raises(BodyLostError):
+            await manager.begin_session_with("s", NOBODY, upload=UPLOAD)
+        assert await keys_of(gateway) == before
+        with pytest.raises(SessionNotFoundError):
+            await manager.get_session("s")
 
 
 class TestTheSessionBlock:
@@ -651,7 +706,11 @@ CALLS: dict[str, Callable[[Manager, str], Awaitable[Any]]] = {
     "finalize": lambda m, s: m.finalize(s),
     "get_export": lambda m, s: m.get_export(s),
     "reopen": lambda m, s: m.reopen(s),
+    "begin_session_with": lambda m, s: m.begin_session_with(s, NOBODY, upload=UPLOAD),
 }
+
+MAKING = {"set_metadata", "begin_session_with"}
+"""The calls that make a session which is not there."""
 
 
 def public_calls_about_a_session() -> set[str]:
@@ -669,7 +728,7 @@ def test_these_are_all_calls_about_a_session() -> None:
 
 
 class TestAnUnknownSession:
-    @pytest.mark.parametrize("name", [name for name in CALLS if name != "set_metadata"])
+    @pytest.mark.parametrize("name", sorted(CALLS.keys() - MAKING))
     async def test_is_an_error_of_every_call_and_is_not_made_by_any(
         self, manager: Manager, gateway: Gateway, name: str
     ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,8 +15,10 @@ from redis.asyncio import Redis
 
 from app.errors import (
     DraftNotFoundError,
+    GenerationRunningError,
     InvalidStepDataError,
     InvalidStepIdError,
+    InvalidTransitionError,
     NotFinalizedError,
     NothingToFinalizeError,
     OnboardingError,
@@ -26,11 +29,16 @@ from app.errors import (
     VersionConflictError,
 )
 from app.onboarding.documents import merge_patch
+from app.onboarding.events import BEFORE_ALL, EventView
 from app.onboarding.exports import compute_checksum
+from app.onboarding.generation import ProgressEvent, ProgressEventView
 from app.onboarding.steps import NO_PRECONDITION, Precondition, Tags
+from app.services.files import make_file_service
+from app.services.generation import GenerationService
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import load_settings
 from app.store.connect import connect
+from app.store.events import EventStore
 from tests.servers import Valkey
 
 T = TypeVar("T")
@@ -38,7 +46,8 @@ Answers = dict[str, Any]
 
 TOTAL = 23
 OPTIONAL = {17, 21, 22}
-CATALOGUES = "onboarding:index:catalogues"
+INDEX = "onboarding:index:"
+JOBS = INDEX + "jobs"
 
 numbers = st.sampled_from([1, 2, 3, 17, 23])
 """Few steps, so that they meet; the last one and an optional one among them."""
@@ -60,6 +69,21 @@ conditions = st.sampled_from(
 )
 
 
+MAY_FOLLOW = {
+    ("pending", "processing"),
+    ("pending", "error"),
+    ("processing", "complete"),
+    ("processing", "error"),
+    ("error", "processing"),
+    ("complete", "processing"),
+}
+"""Which status may follow which."""
+
+messages = st.none() | st.sampled_from(["m", "été"])
+event_ids = st.none() | st.sampled_from(["e1", "e2", "e3"])
+results = st.binary(max_size=20) | st.dictionaries(names, values, max_size=2)
+
+
 @dataclass
 class Model:
     """What a session is, if everything holds."""
@@ -68,11 +92,22 @@ class Model:
     versions: dict[int, int] = field(default_factory=dict)
     drafts: dict[int, Answers] = field(default_factory=dict)
     highest: int = 0
-    events: int = 1
     revision: int = 0
     finalized: bool = False
     export: bytes | None = None
     user_id: str | None = None
+    status: str = "pending"
+    percent: int = 0
+    stage: str | None = None
+    message: str | None = None
+    error_message: str | None = None
+    language: str = "en"
+    result: bytes | Answers | None = None
+    log: list[str] = field(default_factory=lambda: ["session_created"])
+    """The types of the events, in order."""
+
+    taken: dict[str, ProgressEventView] = field(default_factory=dict)
+    """Reports of progress by the ids that their senders gave."""
 
     def version(self, number: int) -> int | None:
         return self.versions[number] if number in self.steps else None
@@ -82,7 +117,7 @@ class Model:
         self.versions[number] = self.versions.get(number, 0) + 1
         self.drafts.pop(number, None)
         self.highest = max(self.highest, number)
-        self.events += 1
+        self.log.append("step_saved")
         return self.versions[number]
 
     def conditions(self, kind: str, number: int) -> tuple[Precondition, bool]:
@@ -114,10 +149,14 @@ class SessionMachine(RuleBasedStateMachine):
     strict: OnboardingSessionManager
     """Finalizes only when all required steps are saved."""
 
+    generation: GenerationService
+    log: EventStore
+
     def __init__(self) -> None:
         super().__init__()
         self.id = ""
         self.model: Model | None = None
+        self.jobs: list[tuple[str, int]] = []
 
     # --- How it is done ---------------------------------------------------------------------------
 
@@ -137,7 +176,8 @@ class SessionMachine(RuleBasedStateMachine):
 
     async def _read_back(self) -> None:
         model, manager = self.model, self.lenient
-        names, deadlines, events = await self._look()
+        names, deadlines = await self._look()
+        assert await self._read_jobs() == self.jobs
         if model is None:
             assert names == []
             reads: list[Callable[[str], Awaitable[Any]]] = [
@@ -146,6 +186,10 @@ class SessionMachine(RuleBasedStateMachine):
                 manager.get_all_steps,
                 manager.get_session_summary,
                 manager.get_export,
+                self.generation.get_status,
+                self.generation.get_language_preference,
+                self.generation.get_progress_events,
+                self.generation.get_result,
             ]
             for read in reads:
                 with pytest.raises(SessionNotFoundError):
@@ -158,12 +202,13 @@ class SessionMachine(RuleBasedStateMachine):
             *(f"step:{number}" for number in saved),
             *(f"draft:{number}" for number in model.drafts),
             *(["export"] if model.export else []),
+            *(["result"] if model.result is not None else []),
+            *(["result:*:1"] if model.result or model.result == {} else []),
         }
         own = {at for name, at in zip(names, deadlines, strict=True) if name.startswith("draft")}
         shared = {at for name, at in zip(names, deadlines, strict=True) if name[:5] != "draft"}
         assert len(shared) == 1
         assert all(0 < at <= min(shared) for at in own)
-        assert events == model.events
 
         view = await manager.view_progress(self.id)
         progress = view["progress"]
@@ -175,7 +220,7 @@ class SessionMachine(RuleBasedStateMachine):
         assert progress["percentage"] == round(100 * len(saved) / TOTAL, 2)
         assert view["revision"] == model.revision
         assert (view["finalized_at"] is not None) is model.finalized
-        assert view["status"] == "pending"
+        assert view["status"] == model.status
 
         steps = await manager.get_all_steps(self.id)
         assert {number: step["data"] for number, step in steps.items()} == model.steps
@@ -194,25 +239,53 @@ class SessionMachine(RuleBasedStateMachine):
         }
         export = await manager.get_export(self.id)
         assert (export and export.text) == model.export
+        await self._read_generation(model)
+
+    async def _read_generation(self, model: Model) -> None:
+        status = await self.generation.get_status(self.id)
+        assert status["status"] == model.status
+        assert status["progress"] == model.percent
+        assert (status["stage"], status["message"]) == (model.stage, model.message)
+        assert status["error_message"] == model.error_message
+        assert await self.generation.get_language_preference(self.id) == model.language
+        assert await self.generation.get_result(self.id) == model.result
+
+        events = await self._read_log()
+        assert [event["type"] for event in events] == model.log
+        ids = [tuple(int(part) for part in event["id"].split("-")) for event in events]
+        assert ids == sorted(set(ids))
+        given = {event["event_id"]: event for event in events if "event_id" in event}
+        assert given == model.taken
+
+    async def _read_log(self) -> list[EventView]:
+        events, _ = await self.log.list_after(self.id, BEFORE_ALL, None)
+        return events
+
+    async def _read_jobs(self) -> list[tuple[str, int]]:
+        """List the jobs of the generators: a session and its revision each."""
+        entries: Any = await self.raw.xrange(JOBS)
+        return [(fields[b"session_id"].decode(), int(fields[b"revision"])) for _, fields in entries]
 
     async def _flush(self) -> None:
         await self.raw.flushdb()
 
-    async def _look(self) -> tuple[list[str], list[int], int]:
-        """List the keys of the store without the session's prefix, when each expires, the events.
+    async def _look(self) -> tuple[list[str], list[int]]:
+        """List the keys of the store without the session's prefix, and when each expires.
 
-        What a former session left behind shows by its prefix.
+        What a former session left behind shows by its prefix. The parts of a result are shown
+        without the name of their transfer.
         """
         prefix = f"onboarding:{self.id}:"
         look = """
             local keys, times = redis.call('KEYS', '*'), {}
             for i, key in ipairs(keys) do times[i] = redis.call('PEXPIRETIME', key) end
-            return {keys, times, redis.call('XLEN', ARGV[1] .. 'events')}
+            return {keys, times}
         """
-        keys, times, events = await self.raw.eval(look, 0, prefix)
+        keys, times = await self.raw.eval(look, 0)
         names = [key.decode().removeprefix(prefix) for key in keys]
-        found = [each for each in zip(names, times, strict=True) if each[0] != CATALOGUES]
-        return [name for name, _ in found], [at for _, at in found], events
+        found = [each for each in zip(names, times, strict=True) if not each[0].startswith(INDEX)]
+        shown = [re.sub("^result:[0-9a-f]+:", "result:*:", name) for name, _ in found]
+        return shown, [at for _, at in found]
 
     # --- The session ------------------------------------------------------------------------------
 
@@ -235,7 +308,7 @@ class SessionMachine(RuleBasedStateMachine):
         if self.model is None:
             self.model = Model()
         else:
-            self.model.events += 1
+            self.model.log.append("metadata_changed")
         self.model.user_id = user_id
         self.read_back()
 
@@ -341,7 +414,7 @@ class SessionMachine(RuleBasedStateMachine):
         else:
             progress = self.run(delete)["progress"]
             del model.steps[number]
-            model.events += 1
+            model.log.append("step_deleted")
             assert progress["completed_steps"] == sorted(model.steps)
             self.read_back()
             assert self.run(self.lenient.get_step(self.id, number)) is None
@@ -447,7 +520,8 @@ class SessionMachine(RuleBasedStateMachine):
             if not model.finalized:
                 model.finalized = True
                 model.revision += 1
-                model.events += 1
+                model.log.append("finalized")
+                self.jobs.append((self.id, model.revision))
                 stored = self.run(self.lenient.get_export(self.id))
                 assert stored is not None
                 model.export = stored.text
@@ -469,18 +543,102 @@ class SessionMachine(RuleBasedStateMachine):
             self.refused(reopen, SessionNotFoundError)
         elif not model.finalized:
             self.refused(reopen, NotFinalizedError)
+        elif model.status == "processing":
+            self.refused(reopen, GenerationRunningError)
         else:
             view = self.run(reopen)
             model.finalized = False
-            model.events += 1
+            model.log.append("reopened")
+            model.status, model.percent = "pending", 0
+            model.stage = model.message = model.error_message = None
             assert (view["status"], view["revision"]) == ("pending", model.revision)
             self.read_back()
+
+    # --- Generation -------------------------------------------------------------------------------
+
+    @rule(status=st.sampled_from(["processing", "complete", "error"]), message=messages)
+    def set_status(self, status: str, message: str | None) -> None:
+        model = self.model
+        error = message if status == "error" else None
+        change = self.generation.update_session_status(self.id, status, error)
+        if model is None:
+            self.refused(change, SessionNotFoundError)
+        elif status == model.status:
+            assert self.run(change)["error_message"] == model.error_message
+            self.read_back()
+        elif (model.status, status) not in MAY_FOLLOW:
+            assert self.refused(change, InvalidTransitionError).current == model.status
+        else:
+            answer = self.run(change)
+            model.status, model.error_message = status, error
+            model.log.append("status_changed")
+            if status == "processing":
+                model.percent, model.stage, model.message = 0, None, None
+            elif status == "complete":
+                model.percent = 100
+            assert answer == self.run(self.generation.get_status(self.id))
+            self.read_back()
+
+    @rule(
+        stage=st.sampled_from(["knowledge_search", "é"]),
+        percent=st.integers(0, 100),
+        message=messages,
+        event_id=event_ids,
+    )
+    def add_event(
+        self, stage: str, percent: int, message: str | None, event_id: str | None
+    ) -> None:
+        model = self.model
+        add = self.generation.report_progress(
+            ProgressEvent(self.id, stage, percent, message, event_id)
+        )
+        if model is None:
+            self.refused(add, SessionNotFoundError)
+            return
+        view, was_taken = self.run(add)
+        assert was_taken == (event_id in model.taken)
+        if event_id is not None and was_taken:
+            assert view == model.taken[event_id]
+        else:
+            assert [view] == self.run(self._read_log())[-1:]
+            model.percent, model.stage, model.message = percent, stage, message
+            model.log.append("progress")
+            if event_id is not None:
+                model.taken[event_id] = view
+        self.read_back()
+
+    @rule(language=st.sampled_from(["en", "de", "pt-BR"]))
+    def set_language(self, language: str) -> None:
+        model = self.model
+        change = self.generation.set_language_preference(self.id, language)
+        if model is None:
+            self.refused(change, SessionNotFoundError)
+            return
+        assert self.run(change) == language
+        if language != model.language:
+            model.language = language
+            model.log.append("language_changed")
+        self.read_back()
+
+    @rule(result=results)
+    def store_result(self, result: bytes | Answers) -> None:
+        model = self.model
+        store = self.generation.store_result(self.id, result)
+        if model is None:
+            self.refused(store, SessionNotFoundError)
+            return
+        self.run(store)
+        model.result = result
+        model.log.append("result_stored")
+        self.read_back()
 
 
 def test_a_session_is_as_its_model_says_after_any_calls(valkey: Valkey) -> None:
     lenient = load_settings(redis_url=valkey.url)
     strict = load_settings(redis_url=valkey.url, finalize_requires="required")
     gateway = connect(lenient)
+    manager = make_manager(gateway, lenient)
+    files = make_file_service(gateway, manager, lenient)
     with asyncio.Runner() as runner:
         raw = Redis(host=valkey.host, port=valkey.port)
         machine = type(
@@ -489,8 +647,10 @@ def test_a_session_is_as_its_model_says_after_any_calls(valkey: Valkey) -> None:
             {
                 "runner": runner,
                 "raw": raw,
-                "lenient": make_manager(gateway, lenient),
+                "lenient": manager,
                 "strict": make_manager(gateway, strict),
+                "generation": GenerationService(gateway, files),
+                "log": EventStore(gateway),
             },
         )
         try:
@@ -505,5 +665,6 @@ def test_a_session_is_as_its_model_says_after_any_calls(valkey: Valkey) -> None:
                 ),
             )
         finally:
+            runner.run(files.aclose())
             runner.run(gateway.aclose())
             runner.run(raw.aclose())

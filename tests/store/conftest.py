@@ -9,9 +9,10 @@ import time_machine
 from fakeredis import FakeServer
 from redis.asyncio import Redis
 
-from app.services.manager import make_manager
+from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import load_settings
 from app.store.connect import connect
+from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway
 from tests.proxy import Proxy
 from tests.servers import Valkey
@@ -36,6 +37,12 @@ async def wired(proxy: Proxy) -> AsyncIterator[Place]:
     """Give a manager whose every command passes the proxy."""
     async with working_at(f"redis://{proxy.host}:{proxy.port}/0", redis_timeout_s=0.4) as place:
         yield place
+
+
+@pytest.fixture
+def place(manager: OnboardingSessionManager, gateway: Gateway) -> Place:
+    """Give a place on the fake store and on the real one in turn."""
+    return Place(manager, gateway)
 
 
 @pytest.fixture
@@ -80,5 +87,5 @@ async def fake(clock: time_machine.Traveller) -> AsyncIterator[MakePlace]:
 @pytest.fixture(autouse=True)
 def logs_that_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget loggers that a service of another test has bound to its own configuration."""
-    for module in ("app.store.faults", "app.store.gateway"):
+    for module in ("app.store.faults", "app.store.gateway", "app.store.subscription"):
         monkeypatch.setattr(f"{module}.log", structlog.get_logger())

@@ -1,4 +1,4 @@
-"""Sessions as these tests need them: a manager at any address, every kind of call, the keys."""
+"""Sessions as these tests need them: services at any address, every kind of call, the keys."""
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,10 +7,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from app.clock import now_ms
+from app.onboarding.events import BEFORE_ALL
+from app.onboarding.files import FileInfo, FileKind
+from app.onboarding.generation import ProgressEvent
 from app.onboarding.idempotency import IdempotentRequest
+from app.onboarding.sessions import Owner
+from app.services.files import BodyLimits, FileService
+from app.services.generation import GenerationService
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import load_settings
 from app.store.connect import connect
+from app.store.events import EventStore
+from app.store.files import FileStore
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY
 
@@ -19,15 +28,73 @@ Manager = OnboardingSessionManager
 NOON_S = 1_767_268_800.0
 """The moment at which the fake stores' clock begins, in Unix seconds."""
 
-SHARED = ("metadata", "progress", "events", "ops", "export", "step:")
+SHARED = ("metadata", "progress", "events", "ops", "export", "step:", "result", "upload")
 """How the names of the keys begin that share the session's deadline."""
 
 
 class Place(NamedTuple):
-    """A manager and the gateway below it."""
+    """A manager, the gateway below it, and what else works on that."""
 
     manager: Manager
     gateway: Gateway
+
+    @property
+    def bodies(self) -> FileService:
+        """The use cases of large bodies."""
+        limits = BodyLimits(upload=10_000_000, result=10_000_000)
+        return FileService(self.gateway, self.gateway, self.manager, limits)
+
+    @property
+    def generation(self) -> GenerationService:
+        """The use cases of a generation."""
+        return GenerationService(self.gateway, self.bodies)
+
+    @property
+    def events(self) -> EventStore:
+        """The logs."""
+        return EventStore(self.gateway)
+
+    @property
+    def files(self) -> FileStore:
+        """Where large bodies are kept."""
+        return FileStore(self.gateway, self.gateway)
+
+    async def send(self, session_id: str, transfer: str, *parts: bytes) -> FileInfo:
+        """Keep the parts of a result that nothing shows yet, and describe it."""
+        for number, data in enumerate(parts, start=1):
+            await self.files.save_part(session_id, FileKind.RESULT, transfer, number, data)
+        return describe(transfer, *parts)
+
+    async def place(self, session_id: str, info: FileInfo) -> None:
+        """Show a result whose parts are kept."""
+        await self.files.place(
+            session_id, FileKind.RESULT, info, event="result_stored", at_ms=now_ms()
+        )
+
+    async def store(self, session_id: str, transfer: str, *parts: bytes) -> None:
+        """Store a result in parts of any size."""
+        await self.place(session_id, await self.send(session_id, transfer, *parts))
+
+    async def upload(self, session_id: str, *parts: bytes) -> None:
+        """Make a session with a file in parts of any size."""
+        for number, data in enumerate(parts, start=1):
+            await self.files.save_early_part(session_id, FileKind.UPLOAD, "u", number, data)
+        owner = Owner("w1", None, "en")
+        await self.manager.begin_session_with(session_id, owner, upload=describe("u", *parts))
+
+
+def describe(transfer: str, *parts: bytes) -> FileInfo:
+    """Say what is known of a body in parts of any size."""
+    return FileInfo(
+        transfer=transfer,
+        parts=len(parts),
+        size=len(b"".join(parts)),
+        content_type="text/plain",
+        filename="a.txt",
+        checksum="sha256:0a",
+        is_document=False,
+        stored_ms=now_ms(),
+    )
 
 
 @asynccontextmanager
@@ -41,10 +108,14 @@ async def working_at(url: str, **overrides: Any) -> AsyncIterator[Place]:
         await gateway.aclose()
 
 
+Call = Callable[[Place, str], Awaitable[Any]]
+"""Does something with a session."""
+
+
 class Write(NamedTuple):
     """One kind of write that the session from `prepare` accepts."""
 
-    do: Callable[[Manager, str], Awaitable[Any]]
+    do: Call
     events: int
     """How many events it makes."""
 
@@ -53,30 +124,52 @@ class Write(NamedTuple):
 
 
 WRITES = {
-    "set_metadata": Write(lambda m, s: m.set_metadata(s, "u2", "w2"), 1),
-    "update_progress": Write(lambda m, s: m.update_progress(s, 9), 0),
-    "save_step, a new one": Write(lambda m, s: m.save_step(s, 23, {"a": 1}), 1),
-    "save_step, over another": Write(lambda m, s: m.save_step(s, 1, {"a": 2}), 1),
-    "save_steps": Write(lambda m, s: m.save_steps(s, {2: {"a": 2}, 7: {"a": 7}}), 2),
-    "patch_step": Write(lambda m, s: m.patch_step(s, 1, {"b": 1}), 1),
-    "delete_step": Write(lambda m, s: m.delete_step(s, 2), 1),
-    "save_draft": Write(lambda m, s: m.save_draft(s, 5, {"a": 5}), 0),
-    "delete_draft": Write(lambda m, s: m.delete_draft(s, 3), 0),
-    "promote_draft_to_step": Write(lambda m, s: m.promote_draft_to_step(s, 4), 1),
-    "finalize": Write(lambda m, s: m.finalize(s), 1),
-    "reopen": Write(lambda m, s: m.reopen(s), 1, finalized=True),
+    "set_metadata": Write(lambda p, s: p.manager.set_metadata(s, "u2", "w2"), 1),
+    "update_progress": Write(lambda p, s: p.manager.update_progress(s, 9), 0),
+    "save_step, a new one": Write(lambda p, s: p.manager.save_step(s, 23, {"a": 1}), 1),
+    "save_step, over another": Write(lambda p, s: p.manager.save_step(s, 1, {"a": 2}), 1),
+    "save_steps": Write(lambda p, s: p.manager.save_steps(s, {2: {"a": 2}, 7: {"a": 7}}), 2),
+    "patch_step": Write(lambda p, s: p.manager.patch_step(s, 1, {"b": 1}), 1),
+    "delete_step": Write(lambda p, s: p.manager.delete_step(s, 2), 1),
+    "save_draft": Write(lambda p, s: p.manager.save_draft(s, 5, {"a": 5}), 0),
+    "delete_draft": Write(lambda p, s: p.manager.delete_draft(s, 3), 0),
+    "promote_draft_to_step": Write(lambda p, s: p.manager.promote_draft_to_step(s, 4), 1),
+    "finalize": Write(lambda p, s: p.manager.finalize(s), 1),
+    "reopen": Write(lambda p, s: p.manager.reopen(s), 1, finalized=True),
+    "set_status": Write(lambda p, s: p.generation.update_session_status(s, "processing"), 1),
+    "set_status, of a finalized one": Write(
+        lambda p, s: p.generation.update_session_status(s, "error", "broken"), 1, finalized=True
+    ),
+    "add_event": Write(
+        lambda p, s: p.generation.add_progress_event(ProgressEvent(s, "visual_detection", 70)), 1
+    ),
+    "add_event, with an id": Write(
+        lambda p, s: p.generation.add_progress_event(ProgressEvent(s, "a", 1, "b", "id-1")), 1
+    ),
+    "set_language": Write(lambda p, s: p.generation.set_language_preference(s, "pt-BR"), 1),
+    "set_language, the same": Write(lambda p, s: p.generation.set_language_preference(s, "en"), 0),
+    "store_result": Write(lambda p, s: p.generation.store_result(s, {"a": 1}), 1),
+    "store_result, in parts": Write(lambda p, s: p.store(s, "w", b"abc", b"de"), 1),
+    "store_result, of nothing": Write(lambda p, s: p.generation.store_result(s, b""), 1),
 }
 
-READS: dict[str, Callable[[Manager, str], Awaitable[Any]]] = {
-    "get_session": lambda m, s: m.get_session(s),
-    "get_step": lambda m, s: m.get_step(s, 1),
-    "get_step, not saved": lambda m, s: m.get_step(s, 20),
-    "get_all_steps": lambda m, s: m.get_all_steps(s),
-    "get_draft": lambda m, s: m.get_draft(s, 3),
-    "get_progress": lambda m, s: m.get_progress(s),
-    "view_progress": lambda m, s: m.view_progress(s),
-    "get_session_summary": lambda m, s: m.get_session_summary(s),
-    "get_export": lambda m, s: m.get_export(s),
+READS: dict[str, Call] = {
+    "get_session": lambda p, s: p.manager.get_session(s),
+    "get_step": lambda p, s: p.manager.get_step(s, 1),
+    "get_step, not saved": lambda p, s: p.manager.get_step(s, 20),
+    "get_all_steps": lambda p, s: p.manager.get_all_steps(s),
+    "get_draft": lambda p, s: p.manager.get_draft(s, 3),
+    "get_progress": lambda p, s: p.manager.get_progress(s),
+    "view_progress": lambda p, s: p.manager.view_progress(s),
+    "get_session_summary": lambda p, s: p.manager.get_session_summary(s),
+    "get_export": lambda p, s: p.manager.get_export(s),
+    "get_status": lambda p, s: p.generation.get_status(s),
+    "get_latest_progress": lambda p, s: p.generation.get_latest_progress(s),
+    "get_language_preference": lambda p, s: p.generation.get_language_preference(s),
+    "get_progress_events": lambda p, s: p.generation.get_progress_events(s),
+    "get_result": lambda p, s: p.generation.get_result(s),
+    "list_after": lambda p, s: p.events.list_after(s, BEFORE_ALL, 10),
+    "get_scene": lambda p, s: p.events.get_scene(s),
 }
 
 
@@ -88,6 +181,23 @@ async def prepare(manager: Manager, *, finalized: bool = False) -> str:
     await manager.save_draft(session_id, 4, {"a": 4})
     if finalized:
         await manager.finalize(session_id)
+    return session_id
+
+
+async def prepare_with_files(place: Place, *, finalized: bool = False) -> str:
+    """Make the same with everything else that a session may have; give its id.
+
+    An upload and a result, each in two parts, and a body that is still on its way.
+    """
+    session_id = "with-files"
+    await place.upload(session_id, b"up", b"load")
+    await place.manager.save_steps(session_id, {1: {"a": 1}, 2: {"a": 2}})
+    await place.manager.save_draft(session_id, 3, {"a": 3})
+    await place.manager.save_draft(session_id, 4, {"a": 4})
+    await place.store(session_id, "r", b"re", b"sult")
+    await place.send(session_id, "x", b"unfinished")
+    if finalized:
+        await place.manager.finalize(session_id)
     return session_id
 
 

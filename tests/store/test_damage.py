@@ -8,6 +8,9 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from app.errors import CorruptRecordError, SessionNotFoundError
+from app.onboarding.events import BEFORE_ALL
+from app.onboarding.files import FileKind
+from app.onboarding.generation import ProgressEvent
 from app.store.gateway import Gateway
 from tests.store.conftest import MakePlace
 from tests.store.sessions import Manager, Place, names_of_keys, prepare
@@ -420,15 +423,32 @@ class TestADamagedLogOrMemory:
         return Damage(session_id, key)
 
     async def test_is_an_error_of_a_write_and_of_no_read_and_goes_with_the_session(
-        self, manager: Manager, gateway: Gateway, damage: Damage
+        self, place: Place, damage: Damage
     ) -> None:
+        manager, gateway = place
         session_id = damage.session_id
         await assert_reported(manager.set_metadata(session_id, "u", "w"), damage.key)
+        report = ProgressEvent(session_id, "a stage", 10)
+        await assert_reported(place.generation.add_progress_event(report), damage.key)
+        await assert_reported(
+            place.generation.update_session_status(session_id, "processing"), damage.key
+        )
         assert set(await manager.get_all_steps(session_id)) == {1, 2}
         assert (await manager.get_progress(session_id))["completed_steps"] == [1, 2]
         assert (await manager.get_session_summary(session_id))["stats"]["total_steps"] == 23
+        assert (await place.generation.get_status(session_id))["status"] == "pending"
+        assert await place.generation.get_language_preference(session_id) == "en"
         await manager.delete_session(session_id)
         assert await names_of_keys(gateway, session_id) == set()
+
+
+@pytest.mark.parametrize("kind", ["string", "list"])
+async def test_a_damaged_log_is_an_error_of_every_look_at_it(place: Place, kind: str) -> None:
+    session_id = await prepare(place.manager)
+    key = place.gateway.keys.session(session_id).events
+    await replace(place.gateway, key, kind)
+    await assert_reported(place.events.list_after(session_id, BEFORE_ALL, None), key)
+    await assert_reported(place.events.get_scene(session_id), key)
 
 
 class TestALostCatalogue:
@@ -454,3 +474,96 @@ class TestALostCatalogue:
         step = await current.manager.get_step(session_id, 1)
         assert step is not None
         assert step["data"] == {"a": 1}
+
+
+GENERATION_DAMAGE: dict[str, tuple[str, bytes]] = {
+    "a foreign progress": ("percent", FOREIGN),
+    "a progress that is no number": ("percent", b"half"),
+    "a foreign stage": ("stage", FOREIGN),
+    "a foreign message": ("message", FOREIGN),
+    "a foreign error": ("error_message", FOREIGN),
+    "a foreign time of a report": ("reported_at", FOREIGN),
+    "a foreign beginning of the run": ("run_at", FOREIGN),
+    "a foreign progress at its beginning": ("run_percent", FOREIGN),
+    "a foreign status": ("status", FOREIGN),
+}
+
+
+class TestADamagedGeneration:
+    # Not on the fake store: its scripts cannot hold bytes that are no UTF-8.
+
+    @pytest.mark.parametrize("how", GENERATION_DAMAGE)
+    async def test_is_an_error_that_names_the_progress(self, real: MakePlace, how: str) -> None:
+        place = real()
+        session_id = await prepare(place.manager)
+        await place.generation.update_session_status(session_id, "processing")
+        key = place.gateway.keys.session(session_id).progress
+        await place.gateway.command("HSET", key, *GENERATION_DAMAGE[how])
+        await assert_reported(place.generation.get_status(session_id), key)
+        await assert_reported(place.generation.get_latest_progress(session_id), key)
+        await assert_reported(place.events.get_scene(session_id), key)
+        step = await place.manager.get_step(session_id, 1)
+        assert step is not None
+        await place.manager.delete_session(session_id)
+        assert await names_of_keys(place.gateway, session_id) == set()
+
+    async def test_is_an_error_of_the_language(self, real: MakePlace) -> None:
+        place = real()
+        session_id = await prepare(place.manager)
+        key = place.gateway.keys.session(session_id).metadata
+        await place.gateway.command("HSET", key, "language", FOREIGN)
+        await assert_reported(place.generation.get_language_preference(session_id), key)
+        await assert_reported(place.events.get_scene(session_id), key)
+        assert await place.generation.set_language_preference(session_id, "de") == "de"
+        assert await place.generation.get_language_preference(session_id) == "de"
+
+    async def test_that_has_no_language_is_an_error(self, place: Place) -> None:
+        session_id = await prepare(place.manager)
+        key = place.gateway.keys.session(session_id).metadata
+        await place.gateway.command("HDEL", key, "language")
+        await assert_reported(place.generation.get_language_preference(session_id), key)
+        await assert_reported(place.events.get_scene(session_id), key)
+
+    @pytest.mark.parametrize("field", ["filename", "content_type", "size", "parts", "stored_at"])
+    async def test_is_an_error_of_a_result_that_is_described_in_foreign_bytes(
+        self, real: MakePlace, field: str
+    ) -> None:
+        place = real()
+        session_id = await prepare(place.manager)
+        await place.store(session_id, "t", b"abc")
+        key = place.gateway.keys.session(session_id).body(FileKind.RESULT)
+        await place.gateway.command("HSET", key, field, FOREIGN)
+        await assert_reported(place.generation.get_result(session_id), key)
+        await place.store(session_id, "t2", b"anew")
+        assert await place.generation.get_result(session_id) == b"anew"
+
+
+FOREIGN_EVENTS: dict[str, list[str | bytes]] = {
+    "no type": ["at", "1767268800000"],
+    "no time": ["type", "progress"],
+    "a time that is no number": ["type", "progress", "at", "noon"],
+    "a foreign time": ["type", "progress", "at", FOREIGN],
+    "a time beyond the calendar": ["type", "progress", "at", "9" * 30],
+    "a progress that is no number": ["type", "progress", "at", "1", "progress", "half"],
+    "a foreign message": ["type", "progress", "at", "1", "message", FOREIGN],
+    "a foreign name": ["type", "progress", "at", "1", FOREIGN, "x"],
+}
+
+
+class TestAForeignEntryOfTheLog:
+    @pytest.mark.parametrize("how", FOREIGN_EVENTS)
+    async def test_is_an_error_that_names_the_log_and_of_no_other_read(
+        self, real: MakePlace, how: str
+    ) -> None:
+        place = real()
+        session_id = await prepare(place.manager)
+        before = (await place.events.get_scene(session_id)).extent.newest
+        assert before is not None
+        key = place.gateway.keys.session(session_id).events
+        await place.gateway.command("XADD", key, "*", *FOREIGN_EVENTS[how])
+        await assert_reported(place.events.list_after(session_id, BEFORE_ALL, None), key)
+        await assert_reported(place.generation.get_progress_events(session_id), key)
+        events, _ = await place.events.list_after(session_id, BEFORE_ALL, 3)
+        assert events[-1]["id"] == str(before)
+        assert (await place.generation.get_status(session_id))["status"] == "pending"
+        assert (await place.manager.save_step(session_id, 1, {"a": 2}))["version"] == 2

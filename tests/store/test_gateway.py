@@ -31,6 +31,7 @@ from app.errors import (
     StoreReadonlyError,
     StoreUnavailableError,
 )
+from app.onboarding.events import BEFORE_ALL
 from app.services.manager import make_manager
 from app.settings import load_settings
 from app.store.client import make_client
@@ -44,6 +45,7 @@ from tests.servers import HOST, Valkey, free_ports, wait_until
 from tests.store.sessions import (
     READS,
     WRITES,
+    Call,
     Manager,
     Place,
     Write,
@@ -59,7 +61,7 @@ REAL_WAITS = {"retry_base_s": 1.0, "retry_jitter_s": 0.5}
 
 STORING = {
     **{name: write for name, write in WRITES.items() if not name.startswith("delete_")},
-    "create_session": Write(lambda m, _: m.create_session(workspace_id="w"), 1),
+    "create_session": Write(lambda p, _: p.manager.create_session(workspace_id="w"), 1),
 }
 """The writes that need room; deletes go on without."""
 
@@ -185,7 +187,7 @@ class TestALostReply:
         watch_operation_ids(monkeypatch, lambda: proxy.drop_replies(1, to="EVALSHA"))
         sent_before = proxy.commands["EVALSHA"]
 
-        answer = await write.do(wired.manager, session_id)
+        answer = await write.do(wired, session_id)
 
         assert proxy.commands["EVALSHA"] - sent_before >= 2
         assert await count_events(wired.gateway, session_id) == events_before + write.events
@@ -194,8 +196,14 @@ class TestALostReply:
             number = answer["step_id"]
             assert version == versions_before.get(number, 0) + 1
             assert steps[number].version == version
-        if isinstance(answer, dict) and "progress" in answer:
-            assert answer["progress"] == await wired.manager.get_progress(session_id)
+        match answer:
+            case {"progress": dict(progress)}:
+                assert progress == await wired.manager.get_progress(session_id)
+            case {"type": "progress"}:
+                events, _ = await wired.events.list_after(session_id, BEFORE_ALL, None)
+                assert answer == events[-1]
+            case {"status": "processing" | "error"}:
+                assert answer == await wired.generation.get_status(session_id)
 
     async def test_of_the_making_of_a_session_makes_one(
         self, wired: Place, proxy: Proxy, raw: Redis
@@ -400,7 +408,7 @@ class TestWhatWouldFailTheSameWayAgainIsSentOnce:
             server.command("CONFIG", "SET", "maxmemory", 1)
             sent_before = front.commands.copy()
             with pytest.raises(StoreFullError):
-                await write.do(place.manager, session_id)
+                await write.do(place, session_id)
             sent = front.commands - sent_before
             server.command("CONFIG", "SET", "maxmemory", 0)
             reads_first = name in {"finalize", "promote_draft_to_step"}
@@ -418,8 +426,8 @@ class TestWhatWouldFailTheSameWayAgainIsSentOnce:
             frozen_id = await prepare(manager, finalized=True)
             server.command("CONFIG", "SET", "maxmemory", 1)
             for read in READS.values():
-                await read(manager, session_id)
-                await read(manager, frozen_id)
+                await read(place, session_id)
+                await read(place, frozen_id)
             await manager.delete_draft(session_id, 3)
             deleted = await manager.delete_step(session_id, 1)
             assert deleted["progress"]["completed_steps"] == [2]
@@ -544,11 +552,11 @@ class TestForgottenScripts:
         session_id = await prepare(wired.manager, finalized=write.finalized)
         await raw.script_flush()
         events_before = await count_events(wired.gateway, session_id)
-        await write.do(wired.manager, session_id)
+        await write.do(wired, session_id)
         assert await count_events(wired.gateway, session_id) == events_before + write.events
         for read in READS.values():
             await raw.script_flush()
-            await read(wired.manager, session_id)
+            await read(wired, session_id)
         await raw.script_flush()
         await wired.manager.delete_session(session_id)
 
@@ -576,18 +584,18 @@ class TestForgottenScripts:
 
 
 async def test_the_happy_path_enters_no_retry_machinery(
-    manager: Manager, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode(*_: Any, **__: Any) -> None:
         raise AssertionError("a call that succeeds has nothing to retry")
 
     monkeypatch.setattr("app.store.gateway.AsyncRetrying", explode)
     for write in WRITES.values():
-        session_id = await prepare(manager, finalized=write.finalized)
-        await write.do(manager, session_id)
+        session_id = await prepare(place.manager, finalized=write.finalized)
+        await write.do(place, session_id)
         for read in READS.values():
-            await read(manager, session_id)
-        await manager.delete_session(session_id)
+            await read(place, session_id)
+        await place.manager.delete_session(session_id)
 
 
 class TestAnOutage:
@@ -595,13 +603,17 @@ class TestAnOutage:
         server = FakeServer()
         gateway = fake_gateway(server)
         manager = make_manager(gateway, load_settings())
+        place = Place(manager, gateway)
         session_id = await prepare(manager)
         server.connected = False
         calls = [*READS.values(), *(write.do for write in WRITES.values())]
-        for call in calls:
-            for id_ in (session_id, "never-made"):
-                with pytest.raises(StoreUnavailableError):
-                    await call(manager, id_)
+
+        async def is_away(call: Call, id_: str) -> None:
+            with pytest.raises(StoreUnavailableError):
+                await call(place, id_)
+
+        ids = (session_id, "never-made")
+        await asyncio.gather(*(is_away(call, id_) for call in calls for id_ in ids))
         server.connected = True
         step = await manager.get_step(session_id, 1)
         assert step is not None

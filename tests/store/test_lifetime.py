@@ -10,6 +10,7 @@ import time_machine
 from redis.asyncio import Redis
 
 from app.errors import SessionNotFoundError
+from app.onboarding.generation import ProgressEvent
 from app.services.manager import get_onboarding_session_manager
 from app.settings import LONGEST_LIFE_S
 from app.store.gateway import Gateway
@@ -25,6 +26,7 @@ from tests.store.sessions import (
     keyed,
     names_of_keys,
     prepare,
+    prepare_with_files,
     store_time_ms,
 )
 
@@ -59,15 +61,15 @@ class TestAfterAnAcceptedWrite:
         name: str,
         lifetime_s: int,
     ) -> None:
-        manager, gateway = fake(session_ttl_s=lifetime_s, draft_ttl_s=lifetime_s)
-        write = WRITES[name]
-        session_id = await prepare(manager, finalized=write.finalized)
+        place = fake(session_ttl_s=lifetime_s, draft_ttl_s=lifetime_s)
+        gateway, write = place.gateway, WRITES[name]
+        session_id = await prepare_with_files(place, finalized=write.finalized)
         made_until_ms = await shared_deadline_ms(gateway, session_id)
         assert 1.0 <= (made_until_ms / 1000 - NOON_S) / lifetime_s <= 1.01
 
         clock.shift(lifetime_s * 0.9)
         now_ms = await store_time_ms(gateway)
-        await write.do(manager, session_id)
+        await write.do(place, session_id)
 
         until_ms = await shared_deadline_ms(gateway, session_id)
         assert 1.0 <= (until_ms - now_ms) / (lifetime_s * 1000) <= 1.01
@@ -75,9 +77,9 @@ class TestAfterAnAcceptedWrite:
     @pytest.mark.parametrize("name", WRITES)
     async def test_the_real_store_agrees(self, real: MakePlace, name: str) -> None:
         # With ten seconds of life, a coarse step is 59 ms.
-        manager, gateway = real(session_ttl_s=10)
-        write = WRITES[name]
-        session_id = await prepare(manager, finalized=write.finalized)
+        place = real(session_ttl_s=10)
+        gateway, write = place.gateway, WRITES[name]
+        session_id = await prepare_with_files(place, finalized=write.finalized)
         made_until_ms = await shared_deadline_ms(gateway, session_id)
 
         async def crossed() -> bool:
@@ -85,13 +87,13 @@ class TestAfterAnAcceptedWrite:
 
         await wait_until(crossed, 5)
         before_ms = await store_time_ms(gateway)
-        await write.do(manager, session_id)
+        await write.do(place, session_id)
         after_ms = await store_time_ms(gateway)
         until_ms = await shared_deadline_ms(gateway, session_id)
         assert before_ms + 10_000 <= until_ms <= after_ms + 10_100
         assert until_ms > made_until_ms
         if not write.finalized:
-            expires_at = (await manager.view_progress(session_id))["expires_at"]
+            expires_at = (await place.manager.view_progress(session_id))["expires_at"]
             assert expires_at.endswith(f".{until_ms % 1000:03d}Z")
 
     async def test_a_step_saved_days_before_the_last_one_lives_as_long(
@@ -180,12 +182,12 @@ class TestReads:
     async def test_renew_nothing(
         self, fake: MakePlace, clock: time_machine.Traveller, name: str
     ) -> None:
-        manager, gateway = fake(draft_ttl_s=WEEK_S)
-        session_id = await prepare(manager, finalized=True)
-        before = await deadlines_ms(gateway, session_id)
+        place = fake(draft_ttl_s=WEEK_S)
+        session_id = await prepare_with_files(place, finalized=True)
+        before = await deadlines_ms(place.gateway, session_id)
         clock.shift(6 * DAY_S)
-        await READS[name](manager, session_id)
-        assert await deadlines_ms(gateway, session_id) == before
+        await READS[name](place, session_id)
+        assert await deadlines_ms(place.gateway, session_id) == before
 
     async def test_that_fail_renew_nothing(
         self, fake: MakePlace, clock: time_machine.Traveller
@@ -207,10 +209,10 @@ class TestTheDeadlineNeverMovesBack:
     ) -> None:
         long, short = fake(), fake(session_ttl_s=HOUR_S)
         write = WRITES[name]
-        session_id = await prepare(long.manager, finalized=write.finalized)
+        session_id = await prepare_with_files(long, finalized=write.finalized)
         until_ms = await shared_deadline_ms(long.gateway, session_id)
         clock.shift(DAY_S / 2)
-        await write.do(short.manager, session_id)
+        await write.do(short, session_id)
         assert await shared_deadline_ms(short.gateway, session_id) == until_ms
 
     async def test_and_moves_on_once_the_shorter_lifetime_reaches_beyond_it(
@@ -242,19 +244,20 @@ class TestTheEnd:
     async def test_leaves_no_key_and_a_late_write_brings_none_back(
         self, fake: MakePlace, clock: time_machine.Traveller, name: str, end: str
     ) -> None:
-        manager, gateway = fake(draft_ttl_s=WEEK_S)
+        place = fake(draft_ttl_s=WEEK_S)
+        manager, gateway = place
         write = WRITES[name]
-        session_id = await prepare(manager, finalized=write.finalized)
+        session_id = await prepare_with_files(place, finalized=write.finalized)
         if end == "expiry":
             clock.shift(1.01 * WEEK_S)
         else:
             await manager.delete_session(session_id)
         assert await names_of_keys(gateway, session_id) == set()
         with pytest.raises(SessionNotFoundError):
-            await write.do(manager, session_id)
+            await write.do(place, session_id)
         for read in READS.values():
             with pytest.raises(SessionNotFoundError):
-                await read(manager, session_id)
+                await read(place, session_id)
         with pytest.raises(SessionNotFoundError):
             await manager.delete_session(session_id)
         assert await names_of_keys(gateway, session_id) == set()
@@ -367,9 +370,9 @@ class TestOnlyAWriteThatCrossesACoarseStep:
 
     async def test_touches_other_keys_and_then_every_one(self, raw: Redis, real: MakePlace) -> None:
         # One coarse step is 0.5 s.
-        manager, gateway = real(session_ttl_s=84)
-        session_id = await prepare(manager)
-        await manager.finalize(session_id)
+        place = real(session_ttl_s=84)
+        manager, gateway = place
+        session_id = await prepare_with_files(place, finalized=True)
         await manager.reopen(session_id)
         made_until_ms = await shared_deadline_ms(gateway, session_id)
 
@@ -382,7 +385,10 @@ class TestOnlyAWriteThatCrossesACoarseStep:
         shared = [
             name for name in await names_of_keys(gateway, session_id) if name.startswith(SHARED)
         ]
-        assert await self.touched(raw) - before == len(shared) == 7
+        # Four, the export, two steps, a result and an upload in two parts each, a part by itself.
+        assert len(shared) == 4 + 1 + 2 + 2 * 3 + 1
+        # The parts of a body are found by its description and by the memory of operations.
+        assert await self.touched(raw) - before == len(shared) + 4
         assert await shared_deadline_ms(gateway, session_id) > made_until_ms
 
     async def test_is_one_an_hour_where_a_session_lives_a_week(
@@ -401,7 +407,8 @@ class TestOnlyAWriteThatCrossesACoarseStep:
 
     async def test_and_none_within_a_step(self, raw: Redis, real: MakePlace) -> None:
         # One coarse step is seven months.
-        manager, gateway = real(session_ttl_s=LONGEST_LIFE_S)
+        place = real(session_ttl_s=LONGEST_LIFE_S)
+        manager, gateway = place
         session_id = await prepare(manager)
         before = await self.touched(raw)
         for number in range(1, 24):
@@ -412,6 +419,10 @@ class TestOnlyAWriteThatCrossesACoarseStep:
         await manager.update_progress(session_id, 9)
         await manager.set_metadata(session_id, "u", "w")
         await manager.finalize(session_id)
+        await place.generation.update_session_status(session_id, "processing")
+        await place.generation.add_progress_event(ProgressEvent(session_id, "a", 50, "b", "id"))
+        await place.generation.update_session_status(session_id, "complete")
+        await place.generation.set_language_preference(session_id, "de")
         await manager.reopen(session_id)
         assert await self.touched(raw) == before
         await shared_deadline_ms(gateway, session_id)

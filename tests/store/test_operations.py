@@ -47,7 +47,7 @@ SESSION = "s"
 EXPORT = '{"version":"2.0","checksum":"sha256:' + "0" * 64 + '"}'
 
 OPERATIONS = [
-    Operation("create_session", args=[SESSION, PIN, 3, "language", "en", "custom", "{}"]),
+    Operation("create_session", args=[SESSION, PIN, 3, 0, "language", "en", "custom", "{}"]),
     Operation(
         "save_steps",
         ["step:1", "draft:1", "step:2", "draft:2"],
@@ -58,9 +58,15 @@ OPERATIONS = [
     Operation("delete_step", ["step:2"], [2, ""]),
     Operation("raise_progress", args=[3]),
     Operation("set_metadata", args=[1, "user_id", "u", "workspace_id"]),
-    # The sixth change of the session; what is counted is in finalize_session.lua.
-    Operation("finalize_session", ["export"], ["5", EXPORT]),
+    Operation("set_language", args=["de"]),
+    Operation("add_event", args=["a stage", 10, "a message", "id-1"]),
+    Operation(
+        "store_body", ["result"], ["result_stored", 4, "transfer", "t", "parts", 0, "size", 0]
+    ),
+    # The ninth change of the session; what is counted is in finalize_session.lua.
+    Operation("finalize_session", ["export"], ["8", EXPORT, ""]),
     Operation("reopen_session"),
+    Operation("set_status", args=["processing", "|pending|", "", "status", "percent"]),
 ]
 """Every script that changes a session, in an order in which all are accepted."""
 

@@ -17,13 +17,29 @@ SOURCES = {
     for file in sorted(files("app.store").joinpath("lua").iterdir(), key=lambda file: file.name)
 }
 
-INCLUDE = "-- include session.lua\n"
+INCLUDE = re.compile(r"-- include (\w+)\.lua\n")
 WORD = re.compile(r"\{'([^']*)'")
+
+
+def included_by(name: str) -> str | None:
+    """The file that a script asks for in its first line."""
+    asked = INCLUDE.match(SOURCES[name])
+    return asked[1] if asked else None
+
+
+OPENINGS = {asked for name in SOURCES if (asked := included_by(name))}
+"""The files that are put before others; the rest are scripts that can be called."""
+
+SCRIPTS = sorted(SOURCES.keys() - OPENINGS)
+
+
+def body_of(name: str) -> str:
+    return INCLUDE.sub("", SOURCES[name], count=1)
 
 
 def contract_of(name: str) -> str:
     """The comment that a script begins with, without its dashes."""
-    lines = SOURCES[name].removeprefix(INCLUDE).splitlines()
+    lines = body_of(name).splitlines()
     opening = []
     for line in lines:
         if not line.startswith("--"):
@@ -55,14 +71,14 @@ class TestEveryScriptOpensWithItsContract:
         )
         assert found == ["KEYS", "ARGV", "Returns", "Safe to send twice"]
 
-    @pytest.mark.parametrize("name", [name for name in SOURCES if name != "session"])
+    @pytest.mark.parametrize("name", SCRIPTS)
     def test_that_names_every_word_it_answers_with_and_no_other(self, name: str) -> None:
-        body = SOURCES[name].removeprefix(INCLUDE)
-        answers = re.findall(r"^(?!--).*(?:return |answer\(|reply = ).*$", body, re.MULTILINE)
+        pattern = r"^(?!--).*(?:return |answer\(|reply = ).*$"
+        answers = re.findall(pattern, body_of(name), re.MULTILINE)
         answered = {word for line in answers for word in WORD.findall(line)}
         assert answered == set(WORD.findall(returned_by_contract(name)))
 
-    @pytest.mark.parametrize("name", [name for name in SOURCES if name != "session"])
+    @pytest.mark.parametrize("name", SCRIPTS)
     def test_and_never_answers_a_bare_value(self, name: str) -> None:
         answers = re.findall(r"^ {0,4}return (.*)$", SOURCES[name], re.MULTILINE)
         assert answers
@@ -70,17 +86,33 @@ class TestEveryScriptOpensWithItsContract:
             assert re.search(r"\{'[a-z_]+'|^answer\(|^current ~= ''", answer), answer
 
 
-def test_the_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_their_text() -> None:
-    for name, source in SOURCES.items():
+def files_of(name: str) -> list[str]:
+    """The files that make up a script, in their order."""
+    asked = included_by(name)
+    return [*(files_of(asked) if asked else []), name]
+
+
+def test_an_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_their_text() -> None:
+    for name in SOURCES:
         script = load_script(name)
-        assert script.text.endswith(source)
-        asks = source.startswith(INCLUDE)
-        assert script.text == (SOURCES["session"] + source if asks else source)
+        assert script.text == "".join(SOURCES[file] for file in files_of(name))
         assert re.fullmatch(r"[0-9a-f]{40}", script.sha)
     assert len({load_script(name).sha for name in SOURCES}) == len(SOURCES)
 
 
-PIN, AT = "p1", "2026-01-01T12:00:00.000Z"
+def test_an_opening_may_ask_for_another_one() -> None:
+    assert sorted(OPENINGS) == ["parts", "session"]
+    assert files_of("save_steps") == ["parts", "session", "save_steps"]
+    assert files_of("read_body") == ["parts", "read_body"]
+    assert files_of("read_draft") == ["read_draft"]
+
+
+def test_an_opening_of_definitions_answers_nothing() -> None:
+    assert re.findall(r"^return", SOURCES["parts"], re.MULTILINE) == []
+    assert WORD.findall(SOURCES["parts"]) == []
+
+
+PIN, AT, AT_MS = "p1", "2026-01-01T12:00:00.000Z", 1_767_268_800_000
 EXPORT = '{"version":"2.0"}'
 
 
@@ -102,7 +134,7 @@ class Session:
         request: IdempotentRequest | None = None,
     ) -> str:
         all_keys = [*self.keys[:4], *(self.keys.prefix + key for key in keys)]
-        head: list[Argument] = [f"op{next(self._operations)}", 1, 600_000, 1_767_268_800_000]
+        head: list[Argument] = [f"op{next(self._operations)}", 1, 600_000, AT_MS]
         if request is not None:
             all_keys.append(self.keys.idempotency(request.scope))
         head.append("" if request is None else request.fingerprint)
@@ -121,16 +153,24 @@ class Session:
         return word
 
     def create(self, *, pin: str = PIN) -> list[Argument]:
-        return [self.id, pin, 3, "language", "en", "custom", "{}"]
+        return [self.id, pin, 3, 0, "language", "en", "custom", "{}"]
 
     def save(
         self, *, pin: str = PIN, match: str = "", version: str = "", draft: str = ""
     ) -> list[Argument]:
         return [pin, match, "", version, draft, AT, 1, '{"a":1}']
 
+    def finalize(self, changes: Argument, *, queued: str = "") -> list[Argument]:
+        return [changes, EXPORT, queued]
+
 
 STEP = ["step:1", "draft:1"]
 DRAFT: list[Argument] = [PIN, 1, AT, 60_000, '{"a":1}']
+BODY = ["result", "result:t:1"]
+STORE: list[Argument] = ["result_stored", 4, "transfer", "t", "parts", 1, "size", 1]
+PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "status", "percent"]
+REPORT: list[Argument] = ["stage", 10, "message", "id-1"]
+DELETE: list[Argument] = [1, 3, AT_MS]
 
 
 async def test_every_script_answers_every_word_of_its_contract_and_no_other(
@@ -148,15 +188,29 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
         ("delete_step", ["step:1"], [1, ""]),
         ("raise_progress", [], mark),
         ("set_metadata", [], [1, "user_id", "u"]),
-        ("finalize_session", ["export"], ["1", EXPORT]),
+        ("finalize_session", ["export"], session.finalize("1")),
         ("reopen_session", [], []),
+        ("set_status", [], PROCESS),
+        ("add_event", [], REPORT),
+        ("set_language", [], ["de"]),
+        ("store_body", BODY, STORE),
     ]
     for name, keys, args in calls:
         assert await session.change(name, keys, args) == "not_found"
     assert await session.call("read_session", [metadata, progress], ["values"]) == "not_found"
     assert await session.call("read_draft", [progress, "d", metadata], [1]) == "not_found"
-    assert await session.call("delete_session", list(session.keys[:4]), [1, 3]) == "not_found"
-    assert await session.call("delete_session", list(session.keys[:4]), [2, 3]) == "ok"
+    hashes = [metadata, progress]
+    events, part = session.keys.events, session.keys.prefix + BODY[1]
+    body = [*hashes, session.keys.prefix + BODY[0]]
+    kept = [progress, session.keys.ops, part]
+    assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "not_found"
+    assert await session.call("save_part", kept, ["x", 1000]) == "not_found"
+    assert await session.call("read_body", body, []) == "not_found"
+    assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "not_found"
+    assert await session.call("delete_session", list(session.keys[:4]), [2, *DELETE[1:]]) == "ok"
+    with_file = [*session.create()[:3], 2, "parts", 1, *session.create()[4:]]
+    lost = await session.change("create_session", ["upload", "upload:t:1"], with_file)
+    assert lost == "part_lost"
     assert await gateway.command("KEYS", "*") == []
 
     # It is made and changed.
@@ -189,13 +243,14 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.change("set_metadata", args=[1, "user_id", "u", "workspace_id"]) == "ok"
     assert await session.change("save_draft", ["draft:2"], [PIN, 2, *DRAFT[2:]]) == "ok"
     assert await session.change("reopen_session") == "not_finalized"
-    assert await session.change("finalize_session", ["export"], ["0", EXPORT]) == "changed"
+    assert await session.change("finalize_session", ["export"], session.finalize("0")) == "changed"
 
     # It is finalized and opened again.
     [changes] = await gateway.command("HMGET", progress, "changes")
-    assert await session.change("finalize_session", ["export"], [changes, EXPORT]) == "ok"
+    queued = session.finalize(changes, queued=session.id)
+    assert await session.change("finalize_session", ["export", "jobs"], queued) == "ok"
     calls = [
-        ("finalize_session", ["export"], [changes, EXPORT]),
+        ("finalize_session", ["export"], session.finalize(changes)),
         ("save_steps", STEP, session.save()),
         ("save_draft", ["draft:1"], DRAFT),
         ("delete_draft", ["draft:2"], [2]),
@@ -203,9 +258,35 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     ]
     for name, keys, args in calls:
         assert await session.change(name, keys, args) == "finalized"
-    await gateway.command("HSET", progress, "status", "processing")
+    complete: list[Argument] = ["complete", "|processing|", "", "status", "percent"]
+    assert await session.change("set_status", args=complete) == "invalid_transition"
+    assert await session.change("set_status", args=PROCESS) == "ok"
+    assert await session.change("set_status", args=PROCESS) == "unchanged"
     assert await session.change("reopen_session") == "generation_running"
-    await gateway.command("HSET", progress, "status", "complete")
+    assert await session.change("add_event", args=REPORT) == "ok"
+    assert await session.change("add_event", args=REPORT) == "repeated"
+    assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "ok"
+    assert await session.change("set_language", args=["de"]) == "ok"
+
+    # Its result comes, first without its only part; a generator is given the work.
+    assert await session.call("read_body", body, []) == "body_not_found"
+    assert await session.change("store_body", BODY, STORE) == "part_lost"
+    assert await session.call("save_part", kept, ["x", 1000]) == "ok"
+    assert await session.change("store_body", BODY, STORE) == "ok"
+    assert await session.call("read_body", body, []) == "ok"
+    await gateway.command("DEL", part)
+    assert await session.call("read_body", body, []) == "damaged"
+    jobs = session.keys.prefix + "jobs"
+    await gateway.command("XGROUP", "CREATE", jobs, "g", "0")
+    read = ("XREADGROUP", "GROUP", "g", "worker", "COUNT", 1, "STREAMS", jobs, ">")
+    await gateway.command(*read)
+    [[job, *_]] = await gateway.command("XRANGE", jobs, "-", "+")
+    assert await session.call("keep_job", [jobs], ["g", "worker", job]) == "ok"
+    assert await session.call("keep_job", [jobs], ["g", "another", job]) == "lost"
+    assert await session.call("finish_job", [jobs], ["g", job]) == "ok"
+    assert await session.call("keep_job", [jobs], ["g", "worker", job]) == "lost"
+    await gateway.command("DEL", jobs)
+    assert await session.change("set_status", args=complete) == "ok"
     assert await session.change("reopen_session") == "ok"
     assert await session.change("delete_draft", ["draft:2"], [2]) == "ok"
     assert await session.change("delete_step", ["step:1"], [1, "|1|"]) == "ok"
@@ -238,13 +319,15 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     await gateway.command("HDEL", progress, "status", "saved")
     assert await session.call("read_draft", [progress, draft_key, metadata], [1]) == "damaged"
     assert await session.change("raise_progress", args=mark) == "damaged"
-    assert await session.call("delete_session", list(session.keys[:4]), [1, 3]) == "ok"
+    await gateway.command("RENAME", progress, f"{progress}-away")
+    assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "damaged"
+    await gateway.command("RENAME", f"{progress}-away", progress)
+    assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "ok"
     assert await gateway.command("KEYS", f"{session.keys.prefix}*") == []
 
     of_the_opening = set(WORD.findall(returned_by_contract("session")))
     assert of_the_opening <= {word for _, word in session.words}
-    for name, source in SOURCES.items():
-        shared = of_the_opening if source.startswith(INCLUDE) else set()
+    for name in SCRIPTS:
+        shared = of_the_opening if "session" in files_of(name) else set()
         answered = {word for of, word in session.words if of == name}
-        if name != "session":
-            assert answered - shared == set(WORD.findall(returned_by_contract(name))) - shared, name
+        assert answered - shared == set(WORD.findall(returned_by_contract(name))) - shared, name

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -13,8 +14,15 @@ from app.errors import (
     SessionFinalizedError,
     SessionNotFoundError,
 )
+from app.onboarding.events import BEFORE_ALL
 from app.onboarding.exports import compute_checksum
+from app.onboarding.files import FileKind
+from app.onboarding.generation import ProgressEvent
 from app.onboarding.sessions import Owner
+from app.settings import Settings, load_settings
+from app.store.connect import make_subscription
+from app.store.jobs import JobStore
+from tests.conftest import QUICKLY
 from tests.servers import ClusterSet, SentinelSet, Valkey
 from tests.store.sessions import Manager, Place, keyed, prepare, working_at
 
@@ -27,9 +35,13 @@ OWNER = Owner("w1", "u1", "en", b'{"source":"test"}')
 class Topology:
     """A kind of store: a manager on it, and its data servers to look at."""
 
-    def __init__(self, place: Place, servers: list[Valkey], *, tagged: bool) -> None:
+    def __init__(
+        self, place: Place, servers: list[Valkey], settings: Settings, *, tagged: bool
+    ) -> None:
+        self.place = place
         self.manager = place.manager
         self.gateway = place.gateway
+        self.settings = settings
         self.tagged = tagged
         self._servers = servers
 
@@ -87,8 +99,9 @@ async def topology(request: pytest.FixtureRequest) -> AsyncIterator[Topology]:
         overrides["key_hash_tag"] = "on"
     for server in servers:
         server.command("FLUSHALL")
+    settings = load_settings(redis_url=url, **QUICKLY, **overrides)
     async with working_at(url, **overrides) as place:
-        yield Topology(place, servers, tagged=request.param != "sentinel")
+        yield Topology(place, servers, settings, tagged=request.param != "sentinel")
 
 
 async def test_the_main_job(topology: Topology) -> None:
@@ -132,9 +145,30 @@ async def test_the_main_job(topology: Topology) -> None:
     await manager.save_step(session_id, 1, {"reopened": True})
     assert (await manager.finalize(session_id))["business_context"]["revision"] == 2
 
+    generation = topology.place.generation
+    await generation.update_session_status(session_id, "processing")
+    report = ProgressEvent(session_id, "answer_generation", 40, None, "id-1")
+    event, taken_before = await generation.report_progress(report)
+    assert not taken_before
+    assert await generation.report_progress(report) == (event, True)
+    assert await generation.set_language_preference(session_id, "de") == "de"
+    await topology.place.store(session_id, "t1", b"a", b"first", b"result")
+    await topology.place.store(session_id, "t2", b"the ", b"result")
+    assert await generation.get_result(session_id) == b"the result"
+    assert (await generation.update_session_status(session_id, "complete"))["progress"] == 100
+    scene = await topology.place.events.get_scene(session_id)
+    assert (scene.generation.status, scene.language) == ("complete", "de")
+    events, extent = await topology.place.events.list_after(session_id, BEFORE_ALL, None)
+    assert [each["type"] for each in events[-6:]] == [
+        *("status_changed", "progress", "language_changed"),
+        *("result_stored", "result_stored", "status_changed"),
+    ]
+    assert str(extent.newest) == events[-1]["id"]
+
     prefix = topology.prefix(session_id)
     assert {key.removeprefix(prefix) for key in topology.list_keys()} == {
         *("metadata", "progress", "events", "ops", "export", "draft:3"),
+        *("result", "result:t2:1", "result:t2:2"),
         *(f"step:{number}" for number in STEPS),
         f"idem:{keyed('finalize').scope}",
     }
@@ -161,6 +195,56 @@ async def test_a_session_lies_in_one_slot_where_keys_are_tagged(topology: Topolo
     assert all(key.startswith(prefix) for key in keys)
     if topology.tagged:
         assert len({key_slot(key.encode()) for key in keys}) == 1
+
+
+async def test_a_session_that_begins_with_a_file(topology: Topology) -> None:
+    place = topology.place
+    await place.upload("s", b"up", b"load")
+    opened = await place.bodies.open("s", FileKind.UPLOAD)
+    assert opened is not None
+    assert b"".join([part async for part in opened.content]) == b"upload"
+    await place.send("s", "x", b"unfinished")
+    prefix = topology.prefix("s")
+    deadlines = topology.deadlines_ms()
+    assert len({at for key, at in deadlines.items() if key.startswith(prefix)}) == 1
+    await place.manager.delete_session("s")
+    assert topology.list_keys() == set()
+
+
+async def test_one_connection_hears_of_every_session(topology: Topology) -> None:
+    subscription = make_subscription(topology.settings)
+    heard: dict[str, list[bytes]] = {}
+    try:
+        for _ in range(10):
+            session_id = await prepare(topology.manager)
+            ear = heard.setdefault(session_id, [])
+            await subscription.add(topology.gateway.keys.session(session_id).events, ear.append)
+        for session_id in heard:
+            await topology.manager.save_step(session_id, 5, {"a": 1})
+            await topology.manager.delete_session(session_id)
+        async with asyncio.timeout(5):
+            while not all(ear[-1].startswith(b"deleted ") for ear in heard.values()):
+                await asyncio.sleep(0.005)
+        # In a Cluster, what was said before anybody listened may arrive late.
+        assert {said for ear in heard.values() for said in ear[:-1]} == {b"", b"recorded"}
+        assert all(b"recorded" in ear for ear in heard.values())
+    finally:
+        await subscription.aclose()
+
+
+async def test_the_generators_share_the_finalized_sessions(topology: Topology) -> None:
+    finalized = {await prepare(topology.manager, finalized=True) for _ in range(6)}
+    taken: list[str] = []
+    workers = {name: JobStore(topology.gateway) for name in ("w1", "w2")}
+    async with asyncio.timeout(5):
+        while len(taken) < len(finalized):
+            for name, jobs in workers.items():
+                job = await jobs.take(name, abandoned_ms=60_000, wait_ms=1)
+                if job is not None:
+                    assert await jobs.keep(name, job)
+                    await jobs.finish(job)
+                    taken.append(job.session_id)
+    assert sorted(taken) == sorted(finalized)
 
 
 class TestCreateWithAnIdempotencyKey:
@@ -228,8 +312,14 @@ async def test_many_sessions_at_once_stay_apart(topology: Topology) -> None:
 async def test_a_failover_is_ridden_out_and_loses_nothing_that_was_replicated(
     sentinels: SentinelSet,
 ) -> None:
-    async with working_at(sentinels.url, retry_base_s=0.5, retry_attempts=5) as place:
+    heard: list[bytes] = []
+    subscription = make_subscription(load_settings(redis_url=sentinels.url))
+    async with (
+        working_at(sentinels.url, retry_base_s=0.5, retry_attempts=5) as place,
+        aclosing(subscription),
+    ):
         session_id = await prepare(place.manager)
+        await subscription.add(place.gateway.keys.session(session_id).events, heard.append)
         before = sentinels.acting_master()
         before.command("WAIT", 1, 2000)
         sentinels.sentinels[0].command("SENTINEL", "FAILOVER", sentinels.service)
@@ -239,6 +329,11 @@ async def test_a_failover_is_ridden_out_and_loses_nothing_that_was_replicated(
                 round_ += 1
                 await place.manager.save_step(session_id, 5, {"round": round_})
         await place.manager.save_step(session_id, 6, {"after": True})
+        heard.clear()
+        async with asyncio.timeout(10):
+            while b"recorded" not in heard:
+                await place.manager.save_step(session_id, 6, {"after": True})
+                await asyncio.sleep(0.01)
         steps = await place.manager.get_all_steps(session_id)
         assert {1, 2, 6} <= set(steps)
         await place.manager.delete_session(session_id)
