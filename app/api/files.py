@@ -105,7 +105,7 @@ async def _download(call: Call, kind: FileKind, absent: type[AbsentError]) -> AS
     return Download(file)
 
 
-_ANYTHING: dict[str, Any] = {"type": "string", "format": "binary"}
+_ANYTHING: dict[str, Any] = {}
 
 
 def _downloads(path: str, name: str, summary: str, handler: Any, error: str) -> Operation:
@@ -140,7 +140,7 @@ OPERATIONS = [
         name="put_result",
         summary="Store what was generated, instead of what was before",
         tag="Files",
-        body=Stream(limit="result", schema=_ANYTHING),
+        body=Stream(limit="result", schema=_ANYTHING, required=False),
         headers=["Content-Disposition"],
         idempotency_key=True,
         answers=[

@@ -121,7 +121,11 @@ OPERATIONS = [
                 schema=ProgressEventView,
                 headers=["Idempotent-Replayed"],
             ),
-            Answer(description="Taken before, by its `event_id`", schema=ProgressEventView),
+            Answer(
+                description="Taken before, by its `event_id`",
+                schema=ProgressEventView,
+                headers=["Idempotent-Replayed"],
+            ),
         ],
         errors=["invalid_request"],
     ),

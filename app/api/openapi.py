@@ -144,7 +144,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
 
 def _request_body(body: Body | Stream, schemas: _Schemas) -> dict[str, Any]:
     if isinstance(body, Stream):
-        return {"required": True, "content": {body.media_type: {"schema": body.schema}}}
+        return {"required": body.required, "content": {body.media_type: {"schema": body.schema}}}
     schema = body.schema if isinstance(body.schema, dict) else schemas.refer_body(body.schema)
     media_types = ["application/json", *(["application/merge-patch+json"] if body.patch else [])]
     return {

@@ -41,6 +41,7 @@ class Stream:
     limit: Literal["upload", "result"]
     media_type: str = "*/*"
     form_bytes: int = 0
+    required: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,6 +163,7 @@ class OnboardingSessionManager:
 
         Raises `BodyLostError` when they are gone.
         """
+        check_session_id(session_id)
         await self._catalogues.keep_current()
         await self._sessions.create(
             session_id, owner, self.catalogue, at_ms=now_ms(), upload=upload

@@ -9,7 +9,7 @@ from app.onboarding.generation import Generation
 from app.onboarding.sessions import State
 from app.store.faults import corrupt
 from app.store.gateway import Gateway, Reply
-from app.store.generation import GENERATION_FIELDS, read_generation
+from app.store.generation import GENERATION_FIELDS, read_generation, read_language
 from app.store.sessions import STATE_FIELDS, read_state
 
 
@@ -47,12 +47,10 @@ class EventStore:
         reply = await self._read(session_id, None, 0, _SCENE_FIELDS, ["language"])
         keys = self._keys.session(session_id)
         values, [language], *_ = reply.values
-        if language is None:
-            raise corrupt(keys.metadata)
         return Scene(
             read_state(keys.progress, values[: len(STATE_FIELDS)]),
             read_generation(keys.progress, values[len(STATE_FIELDS) :]),
-            language.decode(),
+            read_language(keys.metadata, language),
             _extent(reply),
         )
 
@@ -91,11 +89,11 @@ def _extent(reply: Reply) -> Extent:
 
 
 def _event(key: str, event_id: bytes, fields: Sequence[bytes]) -> EventView:
-    texts = [part.decode() for part in fields]
     try:
+        texts = [part.decode() for part in fields]
         parsed = parse_event_id(event_id.decode()) or EventId(0, 0)
         return describe_event(parsed, dict(zip(texts[::2], texts[1::2], strict=True)))
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise corrupt(key, "the log") from None
 
 

@@ -155,10 +155,11 @@ def body_keys(keys: SessionKeys, kind: FileKind, info: FileInfo) -> list[str]:
 
 
 def _read_info(key: str, pairs: Sequence[bytes]) -> FileInfo:
-    fields = {
-        name.decode(): value.decode() for name, value in zip(pairs[::2], pairs[1::2], strict=True)
-    }
     try:
+        fields = {
+            name.decode(): value.decode()
+            for name, value in zip(pairs[::2], pairs[1::2], strict=True)
+        }
         return FileInfo(
             transfer=fields["transfer"],
             parts=int(fields["parts"]),

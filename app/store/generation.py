@@ -98,7 +98,7 @@ class GenerationStore:
         language = await self._gateway.command("HGET", key, "language")
         if language is None:
             return (await self._sessions.get(session_id)).owner.language
-        return str(language.decode())
+        return read_language(key, language)
 
     async def set_language(
         self,
@@ -137,6 +137,16 @@ def read_generation(key: str, values: Sequence[bytes | None]) -> Generation:
             run_ms=int(run_at) if run_at else None,
             run_percent=int(run_percent or 0),
         )
+    except ValueError:
+        raise corrupt(key) from None
+
+
+def read_language(key: str, value: bytes | None) -> str:
+    """Read the language from a field of `metadata`, which is `key`. Raises `CorruptRecordError`."""
+    if not value:
+        raise corrupt(key)
+    try:
+        return value.decode()
     except ValueError:
         raise corrupt(key) from None
 

@@ -9,6 +9,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from app.onboarding.jobs import Job
+from app.store.faults import corrupt
 from app.store.gateway import Gateway
 
 GROUP = "generators"
@@ -50,14 +51,25 @@ class JobStore:
 
     async def finish(self, job: Job) -> None:
         """Take a job out of the queue."""
-        await self._gateway.evaluate("finish_job", [self._key], [GROUP, job.job_id])
+        await self._remove(job.job_id)
+
+    async def _read(self, job_id: bytes, fields: Any) -> Job:
+        """Read an entry of the queue; what is no job would only come back, so it goes."""
+        try:
+            return _job(job_id, fields)
+        except (KeyError, ValueError):
+            await self._remove(job_id)
+            raise corrupt(self._key, "the queue") from None
+
+    async def _remove(self, job_id: str | bytes) -> None:
+        await self._gateway.evaluate("finish_job", [self._key], [GROUP, job_id])
 
     async def _take_over(self, worker: str, abandoned_ms: int) -> Job | None:
         found = await self._gateway.command(
             *("XAUTOCLAIM", self._key, GROUP, worker, abandoned_ms, self._looked_at, "COUNT", 1)
         )
         self._looked_at = found[0].decode()
-        return _job(*found[1][0]) if found[1] else None
+        return await self._read(*found[1][0]) if found[1] else None
 
     async def _wait(self, worker: str, wait_ms: int) -> Job | None:
         found = await self._gateway.command(
@@ -68,7 +80,7 @@ class JobStore:
             return None
         # A map of streams, or a list of pairs, as the protocol has it.
         entries = found[self._key.encode()] if isinstance(found, dict) else found[0][1]
-        return _job(*entries[0])
+        return await self._read(*entries[0])
 
     async def _make_group(self) -> None:
         try:

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from httpx2 import AsyncClient, Response
+from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
 from app.settings import Settings, load_settings
@@ -56,8 +56,10 @@ async def report(api: AsyncClient, session_id: str, **event: Any) -> Answers:
     return answer_of(await api.post(f"{BASE}/{session_id}/events", json=body), 201)
 
 
-def check_refused(response: Response) -> None:
-    """Check that there were too many streams."""
+async def check_refused(api: AsyncClient, session_id: str) -> None:
+    """Check that there are too many streams to open one on a session."""
+    # A stream that is opened after all would say nothing for longer than this.
+    response = await api.get(stream_path(session_id), timeout=5)
     assert response.status_code == 429, response.text
     assert response.headers["content-type"] == "application/problem+json"
     assert int(response.headers["retry-after"]) >= 1
@@ -81,7 +83,7 @@ async def test_a_session_has_sixteen_streams_and_no_more(
 ) -> None:
     streams = [await open_stream(api, session_id) for _ in range(16)]
 
-    check_refused(await api.get(stream_path(session_id)))
+    await check_refused(api, session_id)
 
     # Another session has its own, and what is open goes on.
     await open_stream(api, await create(api))
@@ -99,7 +101,7 @@ async def test_a_process_has_as_many_streams_as_it_is_told(
         await open_stream(api, session_id)
 
     for session_id in sessions:
-        check_refused(await api.get(stream_path(session_id)))
+        await check_refused(api, session_id)
 
     # Streams alone are refused.
     await report(api, sessions[3])
@@ -113,7 +115,7 @@ async def test_a_stream_that_is_closed_frees_its_place(
     for _ in range(5):
         stream = await open_stream(api, session_id)
         other = await open_stream(api, other_id)
-        check_refused(await api.get(stream_path(session_id)))
+        await check_refused(api, session_id)
         stream.close()
         await wait_until_free(api, session_id)
         stream = await open_stream(api, session_id)
@@ -137,7 +139,7 @@ async def test_an_opening_that_fails_keeps_no_place(
 
     await open_stream(api, session_id)
     for _ in range(3):
-        check_refused(await api.get(stream_path(session_id)))
+        await check_refused(api, session_id)
 
 
 async def test_a_refusal_costs_the_store_nothing_and_takes_no_place(
@@ -147,7 +149,7 @@ async def test_a_refusal_costs_the_store_nothing_and_takes_no_place(
     session_id = await create(api)
     stream = await open_stream(api, session_id)
     for _ in range(20):
-        check_refused(await api.get(stream_path(session_id)))
+        await check_refused(api, session_id)
     stream.close()
     await wait_until_free(api, session_id)
     await open_stream(api, session_id)
@@ -172,7 +174,7 @@ async def test_a_client_that_leaves_before_its_stream_begins_keeps_no_place(
             async with asyncio.timeout(5):
                 while proxy.commands["SUBSCRIBE"] == subscribed:
                     await asyncio.sleep(0.001)
-            check_refused(await api.get(stream_path(session_id)))
+            await check_refused(api, session_id)
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             source.close()
@@ -208,7 +210,7 @@ async def test_a_reader_that_stalls_is_cut_off_and_no_other_one_feels_it(
     session_id = await create(api)
     stalled = await open_stream(api, session_id, receive_buffer=4096)
     good = await open_stream(api, session_id)
-    check_refused(await api.get(stream_path(session_id)))
+    await check_refused(api, session_id)
     events = 600
 
     async def write() -> list[str]:

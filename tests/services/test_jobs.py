@@ -722,7 +722,7 @@ async def test_waiting_for_a_job_is_no_failure_however_short_a_command_may_take(
 ) -> None:
     office = open_office()
     monkeypatch.setenv("REDIS_URL", f"redis://{proxy.host}:{proxy.port}/0")
-    monkeypatch.setenv("ONBOARDING_REDIS_TIMEOUT_S", "0.2")
+    monkeypatch.setenv("ONBOARDING_REDIS_TIMEOUT_S", "0.5")
     jobs = get_job_service("a")
 
     async def has_looked_twice() -> bool:

@@ -33,6 +33,10 @@ if state.changes ~= ARGV[6] then
   return {'changed'}
 end
 
+if ARGV[8] ~= '' then
+  -- A queue that is none fails here, before anything is written, and not after.
+  redis.call('XLEN', KEYS[6])
+end
 redis.call('SET', KEYS[5], ARGV[7], 'PXAT', deadline)
 local revision = whole(tonumber(state.revision) + 1)
 change('finalized_at', at_ms, 'revision', revision)

@@ -7,8 +7,9 @@
 --
 -- Safe to send twice: it begins the same wait anew.
 
-local held = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)[1]
-if not held or held[2] ~= ARGV[2] then
+local held = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
+-- An error is that of a queue that was lost with its group.
+if held.err or not held[1] or held[1][2] ~= ARGV[2] then
   return {'lost'}
 end
 redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'JUSTID')

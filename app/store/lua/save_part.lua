@@ -12,6 +12,10 @@ local deadline = redis.call('HGET', KEYS[1], 'deadline')
 if not deadline then
   return {'not_found'}
 end
+if redis.call('HGET', KEYS[2], 'part:' .. KEYS[3]) == 'kept' then
+  -- A sending that was given up arrives after the body was placed.
+  return {'ok'}
+end
 local time = redis.call('TIME')
 local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 redis.call('SET', KEYS[3], ARGV[1], 'PXAT', deadline)
