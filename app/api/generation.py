@@ -19,6 +19,8 @@ from app.onboarding.generation import (
 
 _NAME = StringConstraints(min_length=1, max_length=MAX_STAGE_LENGTH)
 _MESSAGE = StringConstraints(max_length=MAX_MESSAGE_LENGTH)
+# What every tag looks like; whether it is one is asked later (RFC 5646 section 2.1).
+_TAG = StringConstraints(pattern=r"^[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*$", max_length=35)
 
 
 class SetStatus(BaseModel):
@@ -46,7 +48,7 @@ class SetLanguage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    language: str
+    language: Annotated[str, _TAG]
 
 
 async def get_status(call: Call) -> Response:

@@ -1,6 +1,7 @@
 """What a live stream may take: how many there are, how slow a reader is, how long it lasts."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
+from app.server import listen
 from app.settings import Settings, load_settings
 from tests.api.helpers import GET_PROGRESS, PROBLEM, Answers, answer_of, ask, create, unknown_id
 from tests.events import EventSource, following
@@ -202,16 +204,24 @@ async def test_head_says_what_get_would_and_ends(
 # --- How slow -------------------------------------------------------------------------------------
 
 
+def listen_with_little_room(host: str, port: int) -> socket.socket:
+    """Listen, with connections for which the kernel does not keep megabytes."""
+    listener = listen(host, port)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    return listener
+
+
 async def test_a_reader_that_stalls_is_cut_off_and_no_other_one_feels_it(
     monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Any], open_stream: Open
 ) -> None:
     monkeypatch.setattr("app.api.streaming.STALL_S", 0.5)
+    monkeypatch.setattr("tests.service.listen", listen_with_little_room)
     api: AsyncClient = await serve(max_streams_per_session=2)
     session_id = await create(api)
     stalled = await open_stream(api, session_id, receive_buffer=4096)
     good = await open_stream(api, session_id)
     await check_refused(api, session_id)
-    events = 600
+    events = 200
 
     async def write() -> list[str]:
         return [(await report(api, session_id, message=MESSAGE))["id"] for _ in range(events)]
