@@ -12,7 +12,7 @@ that it cannot do its part now. A report carries an id of its own, so that it is
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +25,8 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from app.errors import OnboardingError, StoreUnavailableError
@@ -103,10 +104,15 @@ class OnboardingClient:
         return await self._call("GET", session_id, "status")
 
     async def update_session_status(
-        self, session_id: str, status: SessionStatus | str, error_message: str | None = None
+        self,
+        session_id: str,
+        status: SessionStatus | str,
+        error_message: str | None = None,
+        *,
+        run: str | None = None,
     ) -> dict[str, Any]:
         """Set the status and say how far the generation is."""
-        body = {"status": str(status), "error_message": error_message}
+        body = {"status": str(status), "error_message": error_message, "run": run}
         return await self._call("PUT", session_id, "status", body)
 
     async def add_progress_event(self, event: ProgressEvent) -> dict[str, Any]:
@@ -116,6 +122,7 @@ class OnboardingClient:
             "progress": event.progress,
             "message": event.message,
             "event_id": event.event_id or os.urandom(8).hex(),
+            "run": event.run,
         }
         return await self._call("POST", event.session_id, "events", body)
 
@@ -147,7 +154,7 @@ class OnboardingClient:
 
     async def follow(
         self, session_id: str, last_event_id: str | None = None
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Give every event of a session as it happens, a `snapshot` first, until it is deleted.
 
         Comes back by itself, with a snapshot more, when the connection or the service ends.
@@ -218,7 +225,8 @@ async def _check(response: Response) -> None:
     """Raise what a refusal stands for."""
     if response.is_success:
         return
-    with suppress(HTTPError, ValueError):
+    # What else answers for the service, such as a balancer, knows no codes of ours.
+    with suppress(HTTPError, ValueError, LookupError, TypeError):
         problem = orjson.loads(await response.aread())
         if response.status_code not in _COME_AGAIN:
             raise RefusedError(problem["code"], response.status_code, problem["detail"])
@@ -228,13 +236,22 @@ async def _check(response: Response) -> None:
 async def _blocks(response: Response) -> AsyncIterator[dict[str, str]]:
     """Read server-sent events: the fields of each, of which ours have one line each."""
     fields: dict[str, str] = {}
-    async for line in response.aiter_lines():
+    async for line in _lines(response):
         if not line:
             yield fields
             fields = {}
         name, _, value = line.partition(": ")
         if name:
             fields[name] = value
+
+
+async def _lines(response: Response) -> AsyncIterator[str]:
+    """Read lines as server-sent events end them; to `aiter_lines`, U+2028 would be an end too."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode()
 
 
 def _wait(state: RetryCallState) -> float:
@@ -252,4 +269,4 @@ def _path(session_id: str, what: str) -> str:
 
 
 _COME_AGAIN = frozenset({429, 502, 503, 504})
-_BACKOFF = wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.2)
+_BACKOFF = wait_exponential(multiplier=0.2, max=5.0) + wait_random(0, 0.2)

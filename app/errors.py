@@ -221,6 +221,15 @@ class InvalidTransitionError(StateError):
         self.current = current
 
 
+class RunSupersededError(StateError):
+    """Another run of the generation has begun since."""
+
+    code = "invalid_transition"
+
+    def __init__(self) -> None:
+        super().__init__("Another run has begun since, and this one has nothing more to say")
+
+
 class BodyLostError(StateError):
     """Parts of a body that was being sent are gone."""
 

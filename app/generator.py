@@ -141,6 +141,14 @@ async def work(
             await generate(manager, generation, job.session_id)
 
 
+def seconds(text: str) -> float:
+    """Read a duration of the command line. Raises `ValueError` for what is none."""
+    value = float(text)
+    if not 0.1 <= value <= 86_400:
+        raise ValueError(text)
+    return value
+
+
 async def run(session_id: str | None, abandoned_s: float) -> None:
     """Do what the command line asks for; SIGTERM ends it, and leaves the job to others."""
     task = asyncio.current_task()
@@ -167,7 +175,7 @@ def main() -> int:
     parser.add_argument(
         "--take-over-after",
         metavar="SECONDS",
-        type=float,
+        type=seconds,
         default=ABANDONED_S,
         help="when a generator that is not heard of has lost its job (default: %(default)s)",
     )

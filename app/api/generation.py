@@ -24,16 +24,20 @@ _TAG = StringConstraints(pattern=r"^[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*$", max_len
 
 
 class SetStatus(BaseModel):
-    """A status to set; `error_message` belongs to the status `error`."""
+    """A status to set: `error_message` belongs to `error`, `run` names what begins or ends."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     status: Literal["processing", "complete", "error"]
     error_message: Annotated[str, _MESSAGE] | None = None
+    run: Annotated[str, _NAME] | None = None
 
 
 class AddEvent(BaseModel):
-    """A report of progress, in percent; one with an `event_id` is taken once."""
+    """A report of progress, in percent; one with an `event_id` is taken once.
+
+    One that names its `run` is refused when another run has begun since.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -41,6 +45,7 @@ class AddEvent(BaseModel):
     progress: Annotated[int, Field(ge=0, le=100)]
     message: Annotated[str, _MESSAGE] | None = None
     event_id: Annotated[str, _NAME] | None = None
+    run: Annotated[str, _NAME] | None = None
 
 
 class SetLanguage(BaseModel):
@@ -74,7 +79,11 @@ async def set_status(call: Call) -> Response:
     wanted = call.parse(SetStatus)
     return call.answer(
         await call.services.generation.update_session_status(
-            call.session_id, wanted.status, wanted.error_message, request=call.idempotent
+            call.session_id,
+            wanted.status,
+            wanted.error_message,
+            run=wanted.run,
+            request=call.idempotent,
         )
     )
 
@@ -82,7 +91,9 @@ async def set_status(call: Call) -> Response:
 async def add_event(call: Call) -> Response:
     """Add a report of progress to the log."""
     sent = call.parse(AddEvent)
-    event = ProgressEvent(call.session_id, sent.stage, sent.progress, sent.message, sent.event_id)
+    event = ProgressEvent(
+        call.session_id, sent.stage, sent.progress, sent.message, sent.event_id, sent.run
+    )
     view, was_taken_before = await call.services.generation.report_progress(
         event, request=call.idempotent
     )
@@ -129,7 +140,7 @@ OPERATIONS = [
                 headers=["Idempotent-Replayed"],
             ),
         ],
-        errors=["invalid_request"],
+        errors=["invalid_request", "invalid_transition"],
     ),
     Operation(
         methods=["GET"],

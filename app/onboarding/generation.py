@@ -31,7 +31,7 @@ STAGES: Mapping[str, int] = {
 """The known stages of a generator, with the progress in percent that each one stands for."""
 
 MAX_STAGE_LENGTH = 128
-"""Longest name of a stage, and longest `event_id`, in characters."""
+"""Longest name of a stage or a run, and longest `event_id`, in characters."""
 
 MAX_MESSAGE_LENGTH = 2000
 """Longest message of an event and of an error, in characters."""
@@ -90,7 +90,8 @@ class LatestProgress(TypedDict):
 class ProgressEvent:
     """A report of progress: `progress` in percent, 0 to 100.
 
-    An event with an `event_id` is taken once, however often it is sent.
+    An event with an `event_id` is taken once, however often it is sent. One that names its `run` is
+    refused when another run has begun since.
     """
 
     session_id: str
@@ -98,6 +99,7 @@ class ProgressEvent:
     progress: int
     message: str | None = None
     event_id: str | None = None
+    run: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,20 +180,16 @@ def check_progress_event(event: ProgressEvent) -> None:
     if type(event.progress) is not int or not 0 <= event.progress <= 100:
         detail = "An integer from 0 to 100"
         faults.append(Fault(pointer="/progress", code="integer_range", detail=detail))
-    for name, value, longest in (
-        ("stage", event.stage, MAX_STAGE_LENGTH),
-        ("event_id", event.event_id, MAX_STAGE_LENGTH),
-    ):
-        if value is not None and not is_own_string(value, longest):
-            detail = f"1 to {longest} characters, none of them a control character"
-            faults.append(Fault(pointer=f"/{name}", code="string", detail=detail))
+    faults += _name_faults(stage=event.stage, event_id=event.event_id, run=event.run)
     faults += _message_faults("message", event.message)
     _refuse(faults)
 
 
-def check_status_change(status: SessionStatus, error_message: str | None) -> None:
+def check_status_change(
+    status: SessionStatus, error_message: str | None, run: str | None = None
+) -> None:
     """Raise `InvalidRequestError` for what can never be set, whatever the session's status is."""
-    faults = []
+    faults = _name_faults(run=run)
     if status not in MAY_FOLLOW:
         detail = "processing, complete or error; a session is pending again when it is reopened"
         faults.append(Fault(pointer="/status", code="enum", detail=detail))
@@ -200,6 +198,15 @@ def check_status_change(status: SessionStatus, error_message: str | None) -> Non
         faults.append(Fault(pointer="/error_message", code="unexpected", detail=detail))
     faults += _message_faults("error_message", error_message)
     _refuse(faults)
+
+
+def _name_faults(**names: str | None) -> list[Fault]:
+    detail = f"1 to {MAX_STAGE_LENGTH} characters, none of them a control character"
+    return [
+        Fault(pointer=f"/{field}", code="string", detail=detail)
+        for field, name in names.items()
+        if name is not None and not is_own_string(name, MAX_STAGE_LENGTH)
+    ]
 
 
 def _message_faults(name: str, message: str | None) -> list[Fault]:

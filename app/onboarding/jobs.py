@@ -45,5 +45,5 @@ def plan_job(job: Job, state: State | None, now_ms: int) -> Course:
     if state.revision < job.revision:
         is_new = now_ms - job.added_ms < UNCONFIRMED_MS
         return Course.LEAVE if is_new else Course.DROP
-    is_done = state.status == SessionStatus.COMPLETE
+    is_done = state.status == SessionStatus.COMPLETE and state.run_revision == job.revision
     return Course.DROP if is_done or state.finalized_ms is None else Course.WORK

@@ -130,6 +130,7 @@ class State:
     deadline_ms: int
     finalized_ms: int | None
     revision: int
+    run_revision: int = 0
 
     @property
     def progress(self) -> Progress:

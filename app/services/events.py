@@ -40,6 +40,9 @@ from app.store.subscription import Subscription
 EVENTS_AT_ONCE = 100
 """Most events that are read for one follower at once: 300 KB at worst."""
 
+LOOK_S = 1.0
+"""How long a look at the log may take before a follower goes on without it, in seconds."""
+
 TRY_AGAIN_S = 1.0
 """Longest wait before the log is read again when the store could not be asked, in seconds."""
 
@@ -65,8 +68,19 @@ class EventService:
     Raises `SessionNotFoundError`, and a `StoreError` where the store cannot do its part.
     """
 
-    def __init__(self, gateway: Gateway, subscription: Subscription, limits: StreamLimits) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        streams: Gateway,
+        subscription: Subscription,
+        limits: StreamLimits,
+    ) -> None:
+        """Take the way to the store, and another one for those who follow.
+
+        A thousand of them may read at once, and nobody else has to wait behind them.
+        """
         self._events = EventStore(gateway)
+        self._streamed = EventStore(streams)
         self._keys = gateway.keys
         self._subscription = subscription
         self._limits = limits
@@ -144,12 +158,12 @@ class EventService:
             follower.wake()
 
     async def read_scene(self, session_id: str) -> Scene:
-        """Read how a session is."""
-        return await self._events.get_scene(session_id)
+        """Read how a session is, for a follower."""
+        return await self._streamed.get_scene(session_id)
 
     async def read_after(self, session_id: str, after: EventId) -> tuple[list[EventView], Extent]:
-        """Read the next events after an id."""
-        return await self._events.list_after(session_id, after, EVENTS_AT_ONCE)
+        """Read the next events after an id, for a follower."""
+        return await self._streamed.list_after(session_id, after, EVENTS_AT_ONCE)
 
 
 class Follower:
@@ -194,14 +208,15 @@ class Follower:
             elif self._deleted:
                 messages.append(self._end_with_session())
             else:
-                messages += await self._read_on()
+                async with asyncio.timeout(LOOK_S):
+                    messages += await self._read_on()
         except SessionNotFoundError:
             # It has expired, or nobody heard of its end.
             messages.append(self._end_with_session())
         except CorruptRecordError:
             # Whoever comes back is told what is wrong.
             self.is_over = True
-        except StoreError:
+        except (StoreError, TimeoutError):
             self._failed = True
         return messages
 

@@ -78,19 +78,26 @@ class GenerationService:
         status: SessionStatus | str,
         error_message: str | None = None,
         *,
+        run: str | None = None,
         request: IdempotentRequest | None = None,
     ) -> StatusView:
         """Set the status and say how far the generation is. The current status changes nothing.
 
-        `error_message` belongs to the status `error`. Raises `InvalidTransitionError`,
-        `InvalidRequestError`.
+        `error_message` belongs to the status `error`. `run` names the run that begins or ends:
+        reports and ends in the name of another one are refused from then on. Raises
+        `InvalidTransitionError`, `RunSupersededError`, `InvalidRequestError`.
         """
         check_session_id(session_id)
         wanted = _status(status)
-        check_status_change(wanted, error_message)
+        check_status_change(wanted, error_message, run)
         at_ms = now_ms()
         generation, changed = await self._generations.set_status(
-            session_id, wanted, error_message or "", at_ms=at_ms, request=request
+            session_id,
+            wanted,
+            error_message or "",
+            run=run or "",
+            at_ms=at_ms,
+            request=request,
         )
         if changed and not (request and request.replayed):
             log.info("status_changed", session_id=session_id, status=wanted)
@@ -101,7 +108,7 @@ class GenerationService:
     ) -> tuple[ProgressEventView, bool]:
         """Add a report to the log; give it as it was taken, and whether that was before now.
 
-        Raises `InvalidRequestError`.
+        Raises `InvalidRequestError`, `RunSupersededError`.
         """
         check_session_id(event.session_id)
         check_progress_event(event)
@@ -119,7 +126,7 @@ class GenerationService:
         return view, taken.repeated
 
     async def add_progress_event(self, event: ProgressEvent) -> ProgressEventView:
-        """Add a report to the log, once for each `event_id`. Raises `InvalidRequestError`."""
+        """Add a report to the log, once for each `event_id`. Raises as `report_progress` does."""
         view, _ = await self.report_progress(event)
         return view
 

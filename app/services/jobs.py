@@ -1,7 +1,7 @@
 """The work of generators: every finalized session, handed to some generator at least once."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import structlog
@@ -26,6 +26,10 @@ HEARTBEATS = 3
 WAIT_S = 0.5
 """Longest wait for a new job in one look, in seconds; less than one command may take."""
 
+LOOKS, LOOK_AGAIN_S = 20, 0.05
+"""How often a session that is about to be finalized is looked at, with which pause in seconds. The
+next look comes when the job has been left for as long as an abandoned one."""
+
 TRY_AGAIN_S = 1.0
 """Pause before the queue is asked again when the store could not be, in seconds."""
 
@@ -36,21 +40,29 @@ class JobService:
     Several generators share the work; a job whose generator has died goes to another one.
     """
 
-    def __init__(self, gateway: Gateway, worker: str, *, abandoned_s: float = ABANDONED_S) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        worker: str,
+        *,
+        abandoned_s: float = ABANDONED_S,
+        wait_s: float = WAIT_S,
+    ) -> None:
+        self._wait_s = wait_s
         self._gateway = gateway
         self._jobs = JobStore(gateway)
         self._sessions = SessionStore(gateway)
         self._worker = worker
         self._abandoned_s = abandoned_s
 
-    async def jobs(self) -> AsyncIterator[Job]:
+    async def jobs(self) -> AsyncGenerator[Job, None]:
         """Give the jobs that are to be done, one after the other, for ever."""
         while True:
             try:
                 job = await self._jobs.take(
                     self._worker,
                     abandoned_ms=int(self._abandoned_s * 1000),
-                    wait_ms=int(WAIT_S * 1000),
+                    wait_ms=max(1, int(self._wait_s * 1000)),
                 )
                 is_due = job is not None and await self._choose(job) is Course.WORK
             except StoreError as failure:
@@ -75,8 +87,9 @@ class JobService:
         except asyncio.CancelledError:
             if block is None or not heartbeat.done():
                 raise
-            # It was the heartbeat that cancelled, and nobody else.
-            block.uncancel()
+            if block.uncancel():
+                # Somebody else has cancelled as well.
+                raise
             return
         except Exception as failure:  # noqa: BLE001 - the reporter has told, and the next job waits
             kind = type(failure).__name__
@@ -88,7 +101,7 @@ class JobService:
             heartbeat.cancel()
         # If that fails, the job comes once more, and is found to be done.
         with suppress(StoreError):
-            await self._jobs.finish(job)
+            await self._jobs.finish(self._worker, job)
         log.info("job_finished", session_id=job.session_id, revision=job.revision)
 
     async def aclose(self) -> None:
@@ -106,13 +119,17 @@ class JobService:
                     return
 
     async def _choose(self, job: Job) -> Course:
-        try:
-            state = await self._sessions.get_state(job.session_id)
-        except SessionNotFoundError:
-            state = None
-        course = plan_job(job, state, now_ms())
+        for _ in range(LOOKS):
+            try:
+                state = await self._sessions.get_state(job.session_id)
+            except SessionNotFoundError:
+                state = None
+            course = plan_job(job, state, now_ms())
+            if course is not Course.LEAVE:
+                break
+            await asyncio.sleep(LOOK_AGAIN_S)
         if course is Course.DROP:
-            await self._jobs.finish(job)
+            await self._jobs.finish(self._worker, job)
         return course
 
 
@@ -121,4 +138,6 @@ def get_job_service(worker: str, *, abandoned_s: float = ABANDONED_S) -> JobServ
 
     `worker` is a name that no other generator has. Raises the same.
     """
-    return JobService(connect(load_settings()), worker, abandoned_s=abandoned_s)
+    settings = load_settings()
+    wait_s = min(WAIT_S, settings.redis_timeout_s / 2)
+    return JobService(connect(settings), worker, abandoned_s=abandoned_s, wait_s=wait_s)

@@ -34,7 +34,12 @@ class Desk(Protocol):
     """Where reports go: the generation service, or a client of it in another process."""
 
     async def update_session_status(
-        self, session_id: str, status: SessionStatus, error_message: str | None = None
+        self,
+        session_id: str,
+        status: SessionStatus,
+        error_message: str | None = None,
+        *,
+        run: str | None = None,
     ) -> object:
         """Set the status."""
 
@@ -54,7 +59,8 @@ class ProgressReporter:
 
     An exception that leaves the block becomes the status `error` with its text, and goes on; a run
     that is cancelled has not ended, and stays `processing` for whoever takes it up. Leaving the
-    block raises an `OnboardingError` when what was reported could not be delivered.
+    block raises an `OnboardingError` when what was reported could not be delivered, such as when
+    another run of the same session has begun since.
     """
 
     def __init__(self, session_id: str, desk: Desk | None = None, *, questions: int = 1) -> None:
@@ -78,7 +84,7 @@ class ProgressReporter:
     async def __aenter__(self) -> Self:
         """Set the status to `processing`. Raises what the desk raises."""
         self._loop = asyncio.get_running_loop()
-        await self._desk.update_session_status(self._session_id, SessionStatus.PROCESSING)
+        await self._set(SessionStatus.PROCESSING)
         self._delivery = asyncio.create_task(self._deliver(), name="progress-reports")
         self._is_running = True
         return self
@@ -112,15 +118,20 @@ class ProgressReporter:
         try:
             await self._delivery
             if failure is None:
-                await self._desk.update_session_status(self._session_id, SessionStatus.COMPLETE)
+                await self._set(SessionStatus.COMPLETE)
                 return
             text = clean_message(str(failure)) or type(failure).__name__
-            await self._desk.update_session_status(self._session_id, SessionStatus.ERROR, text)
+            await self._set(SessionStatus.ERROR, text)
         except OnboardingError as undelivered:
             if failure is None:
                 raise
             # The caller has worse to hear of.
             log.warning("run_end_not_reported", session_id=self._session_id, code=undelivered.code)
+
+    async def _set(self, status: SessionStatus, error_message: str | None = None) -> None:
+        await self._desk.update_session_status(
+            self._session_id, status, error_message, run=self._run
+        )
 
     def _report(
         self,
@@ -142,7 +153,9 @@ class ProgressReporter:
             self._is_full = own == 100
             event_id = f"{self._run}-{self._count}"
             self._count += 1
-            self._waiting.append(ProgressEvent(self._session_id, stage, own, message, event_id))
+            self._waiting.append(
+                ProgressEvent(self._session_id, stage, own, message, event_id, self._run)
+            )
         self._loop.call_soon_threadsafe(self._more.set)
 
     async def _deliver(self) -> None:

@@ -260,8 +260,16 @@ class Gateway:
                 other: c for other, c in self._clients.items() if not other.is_closed()
             }
             client = self._clients[loop] = self._make_client()
-        async with asyncio.timeout(self._policy.send_s):
-            return await client.execute_command(*parts)
+        task = asyncio.current_task()
+        before = 0 if task is None else task.cancelling()
+        try:
+            async with asyncio.timeout(self._policy.send_s):
+                return await client.execute_command(*parts)
+        finally:
+            if task is not None and task.cancelling() > before:
+                # It may have been lost on the way: before Python 3.12 asyncio.wait_for, through
+                # which redis-py sends, takes no notice of one that comes as it is done.
+                raise asyncio.CancelledError
 
 
 def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from app.errors import InvalidTransitionError, SessionNotFoundError
+from app.errors import InvalidTransitionError, RunSupersededError, SessionNotFoundError
 from app.onboarding.generation import MAY_FOLLOW, Generation, ProgressEvent
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import SessionStatus
@@ -55,18 +55,26 @@ class GenerationStore:
         status: SessionStatus,
         error_message: str,
         *,
+        run: str,
         at_ms: int,
         request: IdempotentRequest | None = None,
     ) -> tuple[Generation, bool]:
         """Set the status; give the generation, and whether that changed it.
 
-        Raises `InvalidTransitionError` when it may not follow the current status.
+        Raises `InvalidTransitionError` when it may not follow the current status, and
+        `RunSupersededError` when another run has begun since the one that ends.
         """
         keys = self._keys.session(session_id)
         reply = await self._gateway.change(
             "set_status",
             keys,
-            args=[status, f"|{'|'.join(MAY_FOLLOW[status])}|", error_message, *GENERATION_FIELDS],
+            args=[
+                status,
+                f"|{'|'.join(MAY_FOLLOW[status])}|",
+                error_message,
+                run,
+                *GENERATION_FIELDS,
+            ],
             at_ms=at_ms,
             request=request,
         )
@@ -75,21 +83,32 @@ class GenerationStore:
                 raise SessionNotFoundError
             case "invalid_transition":
                 raise InvalidTransitionError(reply.values[0].decode(), status)
+            case "superseded":
+                raise RunSupersededError
         return read_generation(keys.progress, reply.values), reply.word == "ok"
 
     async def add_event(
         self, event: ProgressEvent, *, at_ms: int, request: IdempotentRequest | None = None
     ) -> Taken:
-        """Add a report of progress to the log."""
+        """Add a report of progress to the log. Raises `RunSupersededError`."""
         reply = await self._gateway.change(
             "add_event",
             self._keys.session(event.session_id),
-            args=[event.stage, event.progress, event.message or "", event.event_id or ""],
+            args=[
+                event.stage,
+                event.progress,
+                event.message or "",
+                event.event_id or "",
+                event.run or "",
+            ],
             at_ms=at_ms,
             request=request,
         )
-        if reply.word == "not_found":
-            raise SessionNotFoundError
+        match reply.word:
+            case "not_found":
+                raise SessionNotFoundError
+            case "superseded":
+                raise RunSupersededError
         return _taken(reply)
 
     async def get_language(self, session_id: str) -> str:

@@ -49,27 +49,27 @@ class JobStore:
         reply = await self._gateway.evaluate("keep_job", [self._key], [GROUP, worker, job.job_id])
         return reply.word == "ok"
 
-    async def finish(self, job: Job) -> None:
-        """Take a job out of the queue."""
-        await self._remove(job.job_id)
+    async def finish(self, worker: str, job: Job) -> None:
+        """Take a job out of the queue, unless somebody else has taken it over."""
+        await self._remove(worker, job.job_id)
 
-    async def _read(self, job_id: bytes, fields: Any) -> Job:
+    async def _read(self, worker: str, job_id: bytes, fields: Any) -> Job:
         """Read an entry of the queue; what is no job would only come back, so it goes."""
         try:
             return _job(job_id, fields)
         except (KeyError, ValueError):
-            await self._remove(job_id)
+            await self._remove(worker, job_id)
             raise corrupt(self._key, "the queue") from None
 
-    async def _remove(self, job_id: str | bytes) -> None:
-        await self._gateway.evaluate("finish_job", [self._key], [GROUP, job_id])
+    async def _remove(self, worker: str, job_id: str | bytes) -> None:
+        await self._gateway.evaluate("finish_job", [self._key], [GROUP, worker, job_id])
 
     async def _take_over(self, worker: str, abandoned_ms: int) -> Job | None:
         found = await self._gateway.command(
             *("XAUTOCLAIM", self._key, GROUP, worker, abandoned_ms, self._looked_at, "COUNT", 1)
         )
         self._looked_at = found[0].decode()
-        return await self._read(*found[1][0]) if found[1] else None
+        return await self._read(worker, *found[1][0]) if found[1] else None
 
     async def _wait(self, worker: str, wait_ms: int) -> Job | None:
         found = await self._gateway.command(
@@ -80,7 +80,7 @@ class JobStore:
             return None
         # A map of streams, or a list of pairs, as the protocol has it.
         entries = found[self._key.encode()] if isinstance(found, dict) else found[0][1]
-        return await self._read(*entries[0])
+        return await self._read(worker, *entries[0])
 
     async def _make_group(self) -> None:
         try:

@@ -218,7 +218,7 @@ def progress_of(reply: Reply) -> Progress:
 
 STATE_FIELDS = (
     *("status", "saved", "highest", "created_at", "updated_at"),
-    *("deadline", "finalized_at", "revision"),
+    *("deadline", "finalized_at", "revision", "run_revision"),
 )
 """The fields of `progress` from which `read_state` reads."""
 
@@ -228,7 +228,7 @@ def read_state(key: str, values: Sequence[bytes | None]) -> State:
 
     Raises `CorruptRecordError`.
     """
-    status, saved, highest, created, updated, deadline, finalized, revision = values
+    status, saved, highest, created, updated, deadline, finalized, revision, run_revision = values
     if not status or not saved or saved.strip(b"01"):
         raise corrupt(key)
     try:
@@ -241,6 +241,7 @@ def read_state(key: str, values: Sequence[bytes | None]) -> State:
             deadline_ms=int(deadline or b""),
             finalized_ms=int(finalized) if finalized else None,
             revision=int(revision or b""),
+            run_revision=int(run_revision or 0),
         )
     except ValueError:
         raise corrupt(key) from None

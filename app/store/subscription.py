@@ -104,6 +104,9 @@ class Subscription:
         async with self._sending:
             if self._pubsub is None or (name in self._channels) is not wanted:
                 return
+            if not self._pubsub.connection.is_connected:
+                # It would be opened anew, for nobody to read: the reader begins again.
+                return
             try:
                 await (self._pubsub.subscribe if wanted else self._pubsub.unsubscribe)(name)
             except Exception as failure:  # noqa: BLE001 - the reader sees it too, and begins again
@@ -147,10 +150,11 @@ class Subscription:
                     async with self._sending:
                         await pubsub.ping()
         finally:
-            self._pubsub = None
-            if pubsub is not None:
-                await pubsub.aclose()
-            await close_client(client)
+            async with self._sending:
+                self._pubsub = None
+                if pubsub is not None:
+                    await pubsub.aclose()
+                await close_client(client)
 
     def _pass_on(self, message: dict[str, Any]) -> None:
         name = message["channel"]

@@ -357,9 +357,9 @@ async def test_a_stream_outlives_the_deadline_of_a_request(
     monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Any], open_stream: Open
 ) -> None:
     monkeypatch.setattr("app.api.events.BEAT_S", 0.05)
-    api: AsyncClient = await serve(request_deadline_s=0.2)
+    api: AsyncClient = await serve(request_deadline_s=0.6)
     session_id = await create(api)
     stream = await open_stream(api, session_id)
-    await stream.wait_for_comments(8)
+    await stream.wait_for_comments(16)
     last = await report(api, session_id)
     assert (await stream.receive_many(2))[1].id == last["id"]

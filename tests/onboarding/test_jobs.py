@@ -20,6 +20,7 @@ FINALIZED = State(
     deadline_ms=ADDED_MS + 604_800_000,
     finalized_ms=ADDED_MS,
     revision=2,
+    run_revision=2,
 )
 REOPENED = replace(FINALIZED, finalized_ms=None)
 NOT_YET = replace(FINALIZED, finalized_ms=None, revision=1)

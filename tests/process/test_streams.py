@@ -173,3 +173,34 @@ async def test_streams_of_two_workers_see_what_either_of_them_writes(start: Star
         for stream in streams:
             _, *events = await stream.receive_many(21)
             assert [event.data["progress"] for event in events] == list(range(20))
+
+
+async def test_an_idle_stream_takes_forty_kilobytes_at_most(start: StartService) -> None:
+    service = start(ONBOARDING_DRAIN_S="0").wait_until_it_answers()
+    url, count = service.url, 300
+    with service.client() as client:
+        sessions = [begin_session(client) for _ in range(2 * count)]
+
+    async def follow(stack: AsyncExitStack, some: list[str]) -> None:
+        for session_id in some:
+            stream = await stack.enter_async_context(following(url, session_id))
+            assert (await stream.receive()).type == "snapshot"
+
+    async with AsyncExitStack() as stack:
+        # The first ones pay for what all of them share.
+        await follow(stack, sessions[:count])
+        before = resident_bytes(service.pid)
+        await follow(stack, sessions[count:])
+        each = (resident_bytes(service.pid) - before) / count
+
+    assert each <= 40 * 1024
+
+
+def resident_bytes(pid: int) -> int:
+    """Read how much memory a process has."""
+    (line,) = (
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmRSS:")
+    )
+    return int(line.split()[1]) * 1024

@@ -174,8 +174,8 @@ class TestAJob:
     async def test_that_is_finished_is_gone(self, gateway: Gateway, jobs: JobStore) -> None:
         await add(jobs, "a", "b")
         job = await take_any(jobs)
-        await jobs.finish(job)
-        await jobs.finish(job)
+        await jobs.finish("w1", job)
+        await jobs.finish("w1", job)
         assert (await waiting(gateway), await held(gateway)) == (1, 0)
         assert not await jobs.keep("w1", job)
         assert (await take_any(jobs, "w2", abandoned_ms=0)).session_id == "b"
@@ -303,14 +303,14 @@ class TestAStoreThatForgotEverything:
         await place.gateway.command("FLUSHALL")
 
         assert not await jobs.keep("w1", job)
-        await jobs.finish(job)
+        await jobs.finish("w1", job)
         assert await take(jobs) is None
 
         session_id = await prepare(place.manager, finalized=True)
         later = await take_any(jobs)
         assert later.session_id == session_id
         assert await jobs.keep("w1", later)
-        await jobs.finish(later)
+        await jobs.finish("w1", later)
         assert (await waiting(place.gateway), await held(place.gateway)) == (0, 0)
 
     async def test_between_two_looks_loses_no_job_that_came_later(

@@ -59,14 +59,14 @@ OPERATIONS = [
     Operation("raise_progress", args=[3]),
     Operation("set_metadata", args=[1, "user_id", "u", "workspace_id"]),
     Operation("set_language", args=["de"]),
-    Operation("add_event", args=["a stage", 10, "a message", "id-1"]),
+    Operation("add_event", args=["a stage", 10, "a message", "id-1", ""]),
     Operation(
         "store_body", ["result"], ["result_stored", 4, "transfer", "t", "parts", 0, "size", 0]
     ),
     # The ninth change of the session; what is counted is in finalize_session.lua.
     Operation("finalize_session", ["export"], ["8", EXPORT, ""]),
     Operation("reopen_session"),
-    Operation("set_status", args=["processing", "|pending|", "", "status", "percent"]),
+    Operation("set_status", args=["processing", "|pending|", "", "", "status", "percent"]),
 ]
 """Every script that changes a session, in an order in which all are accepted."""
 

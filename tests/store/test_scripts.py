@@ -168,8 +168,8 @@ STEP = ["step:1", "draft:1"]
 DRAFT: list[Argument] = [PIN, 1, AT, 60_000, '{"a":1}']
 BODY = ["result", "result:t:1"]
 STORE: list[Argument] = ["result_stored", 4, "transfer", "t", "parts", 1, "size", 1]
-PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "status", "percent"]
-REPORT: list[Argument] = ["stage", 10, "message", "id-1"]
+PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "run", "status", "percent"]
+REPORT: list[Argument] = ["stage", 10, "message", "id-1", ""]
 DELETE: list[Argument] = [1, 3, AT_MS]
 
 
@@ -258,13 +258,16 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     ]
     for name, keys, args in calls:
         assert await session.change(name, keys, args) == "finalized"
-    complete: list[Argument] = ["complete", "|processing|", "", "status", "percent"]
+    complete: list[Argument] = ["complete", "|processing|", "", "", "status", "percent"]
+    another: list[Argument] = ["error", "|processing|", "", "another run", "status"]
     assert await session.change("set_status", args=complete) == "invalid_transition"
     assert await session.change("set_status", args=PROCESS) == "ok"
     assert await session.change("set_status", args=PROCESS) == "unchanged"
+    assert await session.change("set_status", args=another) == "superseded"
     assert await session.change("reopen_session") == "generation_running"
     assert await session.change("add_event", args=REPORT) == "ok"
     assert await session.change("add_event", args=REPORT) == "repeated"
+    assert await session.change("add_event", args=["x", 1, "", "", "another run"]) == "superseded"
     assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "ok"
     assert await session.change("set_language", args=["de"]) == "ok"
 
@@ -283,7 +286,8 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     [[job, *_]] = await gateway.command("XRANGE", jobs, "-", "+")
     assert await session.call("keep_job", [jobs], ["g", "worker", job]) == "ok"
     assert await session.call("keep_job", [jobs], ["g", "another", job]) == "lost"
-    assert await session.call("finish_job", [jobs], ["g", job]) == "ok"
+    assert await session.call("finish_job", [jobs], ["g", "another", job]) == "lost"
+    assert await session.call("finish_job", [jobs], ["g", "worker", job]) == "ok"
     assert await session.call("keep_job", [jobs], ["g", "worker", job]) == "lost"
     await gateway.command("DEL", jobs)
     assert await session.change("set_status", args=complete) == "ok"

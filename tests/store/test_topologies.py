@@ -242,7 +242,7 @@ async def test_the_generators_share_the_finalized_sessions(topology: Topology) -
                 job = await jobs.take(name, abandoned_ms=60_000, wait_ms=1)
                 if job is not None:
                     assert await jobs.keep(name, job)
-                    await jobs.finish(job)
+                    await jobs.finish(name, job)
                     taken.append(job.session_id)
     assert sorted(taken) == sorted(finalized)
 

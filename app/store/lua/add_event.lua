@@ -2,11 +2,12 @@
 -- Add a report of progress to the log, whatever the status is.
 --
 -- KEYS  none of its own
--- ARGV  6 stage, 7 progress in percent, 8 message ('' = none), 9 id that the sender gave ('' = none)
+-- ARGV  6 stage, 7 progress in percent, 8 message ('' = none), 9 id that the sender gave ('' = none),
+--       10 name of the run that reports ('' = it has none)
 --
 -- Returns {'ok', id, stage, progress, message, time in Unix ms},
 --         {'repeated', the same of the first one} when its sender's id was taken before,
---         {'not_found'}
+--         {'not_found'}, {'superseded'} when another run has followed the one that reports
 --
 -- Safe to send twice: see session.lua. A sender's id is remembered at least as long as its event
 -- is in the log.
@@ -22,7 +23,10 @@ if given ~= '' then
   end
 end
 
-local run = redis.call('HMGET', PROGRESS, 'percent', 'run_at')
+local run = redis.call('HMGET', PROGRESS, 'percent', 'run_at', 'run')
+if ARGV[10] ~= '' and run[3] ~= ARGV[10] then
+  return {'superseded'}
+end
 local fields = {'percent', percent, 'stage', stage, 'message', message, 'reported_at', at_ms}
 if not run[2] or run[2] == '' or tonumber(percent) < (tonumber(run[1]) or 0) then
   -- The first report without a run, or a run that began anew: the pace is measured from here.

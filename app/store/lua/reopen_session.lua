@@ -20,7 +20,7 @@ if state.status == 'processing' then
 end
 
 change('finalized_at', '', 'status', 'pending', 'percent', '0', 'stage', '', 'message', '',
-  'error_message', '', 'reported_at', at_ms, 'run_at', '', 'run_percent', '0')
+  'error_message', '', 'reported_at', at_ms, 'run_at', '', 'run_percent', '0', 'run', '')
 record('reopened', 'revision', state.revision)
 if moved then
   redis.call('HSET', PROGRESS, 'deadline', deadline)
