@@ -6,8 +6,8 @@
             report("answer_generation", message="Writing the manifest")
             await client.store_result(session_id, make_manifest(export), filename="bcm.json")
 
-Every call may be sent again and is: four times at most, when the service cannot be reached or says
-that it cannot do its part now. A report carries an id of its own, so that it is taken once.
+A call is sent four times at most, when the service cannot be reached or says that it cannot do its
+part now. That is safe: a report carries an id of its own, so that it is taken once, a result a key.
 """
 
 import asyncio
@@ -133,6 +133,7 @@ class OnboardingClient:
         *,
         content_type: str | None = None,
         filename: str | None = None,
+        run: str | None = None,
     ) -> dict[str, Any]:
         """Keep what was generated, bytes or a JSON object, instead of what was before."""
         is_document = not isinstance(result, bytes)
@@ -145,7 +146,8 @@ class OnboardingClient:
         headers["idempotency-key"] = os.urandom(16).hex()
         if filename is not None:
             headers["content-disposition"] = f"attachment; filename*=UTF-8''{quote(filename)}"
-        response = await self._send("PUT", session_id, "result", content, headers)
+        what = "result" if run is None else f"result?run={quote(run, safe='')}"
+        response = await self._send("PUT", session_id, what, content, headers)
         return dict(orjson.loads(response.content))
 
     async def get_result(self, session_id: str) -> bytes:
@@ -157,8 +159,10 @@ class OnboardingClient:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Give every event of a session as it happens, a `snapshot` first, until it is deleted.
 
-        Comes back by itself, with a snapshot more, when the connection or the service ends.
+        Comes back by itself, with a snapshot more, when the connection or the service ends. Raises
+        `UnreachableError` when it could not be reached in the first place.
         """
+        has_begun = False
         pause_s = COME_BACK_S
         while True:
             headers = {} if last_event_id is None else {"last-event-id": last_event_id}
@@ -168,9 +172,10 @@ class OnboardingClient:
                 headers=headers,
                 timeout=Timeout(ANSWER_S, read=SILENCE_S),
             )
-            with suppress(HTTPError, UnreachableError):
+            try:
                 async with read as response:
                     await _check(response)
+                    has_begun = True
                     async for fields in _blocks(response):
                         if "retry" in fields:
                             pause_s = int(fields["retry"]) / 1000
@@ -180,6 +185,9 @@ class OnboardingClient:
                             yield event
                             if event["type"] == "deleted":
                                 return
+            except (HTTPError, UnreachableError):
+                if not has_begun:
+                    raise UnreachableError from None
             await asyncio.sleep(pause_s)
 
     async def aclose(self) -> None:
@@ -225,12 +233,15 @@ async def _check(response: Response) -> None:
     """Raise what a refusal stands for."""
     if response.is_success:
         return
-    # What else answers for the service, such as a balancer, knows no codes of ours.
+    status = response.status_code
+    if status in _COME_AGAIN:
+        raise UnreachableError(_seconds(response.headers.get("retry-after", "")))
+    code, detail = "unknown", f"It was not the service that answered with {status}"
+    # What else answers in its place, such as a balancer, knows no codes of ours.
     with suppress(HTTPError, ValueError, LookupError, TypeError):
         problem = orjson.loads(await response.aread())
-        if response.status_code not in _COME_AGAIN:
-            raise RefusedError(problem["code"], response.status_code, problem["detail"])
-    raise UnreachableError(_seconds(response.headers.get("retry-after", "")))
+        code, detail = problem["code"], problem["detail"]
+    raise RefusedError(code, status, detail)
 
 
 async def _blocks(response: Response) -> AsyncIterator[dict[str, str]]:

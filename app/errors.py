@@ -199,7 +199,7 @@ class NotFinalizedError(StateError):
     code = "not_finalized"
 
     def __init__(self) -> None:
-        super().__init__("The session is not finalized, so there is nothing to reopen")
+        super().__init__("The session is not finalized, so its answers may still change")
 
 
 class GenerationRunningError(StateError):

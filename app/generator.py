@@ -29,7 +29,7 @@ from typing import Any
 import rfc8785
 import structlog
 
-from app.errors import ExportNotFoundError, OnboardingError
+from app.errors import ExportNotFoundError, NotFinalizedError, OnboardingError
 from app.logs import configure_logging
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.documents import escape_pointer
@@ -50,11 +50,14 @@ async def generate(
     manager: OnboardingSessionManager, generation: GenerationService, session_id: str
 ) -> None:
     """Make the manifest of one session, from its export to its result, reporting on the way."""
-    export = await manager.get_export(session_id)
-    if export is None:
-        raise ExportNotFoundError
+    if (await manager.view_progress(session_id))["finalized_at"] is None:
+        raise NotFinalizedError
     async with ProgressReporter(session_id, generation) as report:
+        # Not before: while a generation is running, nobody reopens the session under it.
         report("knowledge_search", message="Reading the export")
+        export = await manager.get_export(session_id)
+        if export is None:
+            raise ExportNotFoundError
 
         report("context_building", message="Sorting the answers into sections")
         sections = sort_into_sections(export, manager.catalogue)
@@ -76,7 +79,9 @@ async def generate(
             report("answer_generation", progress, f"Section {number} of {len(sections)}")
 
         report("citation_generation", message="Storing the manifest")
-        await generation.store_result(session_id, manifest, filename="manifest.json")
+        await generation.store_result(
+            session_id, manifest, filename="manifest.json", run=report.run
+        )
 
 
 def sort_into_sections(

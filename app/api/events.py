@@ -79,7 +79,9 @@ class EventStream:
                 await outlet.write(_retry())
                 return
             if not follower.is_over:
-                was_woken = await follower.wait(min(BEAT_S, left_s))
+                # At random, or all who came back together would beat together.
+                beat_s = BEAT_S * random.uniform(0.7, 1.0)  # noqa: S311
+                was_woken = await follower.wait(min(beat_s, left_s))
             if follower.is_over:
                 return
 

@@ -1,6 +1,6 @@
 """Files over HTTP: a session that begins with one, a result that is stored and fetched."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from app.api.streaming import Content, Outlet
 from app.api.uploads import FORM_BYTES, UploadForm
 from app.errors import AbsentError, ResultNotFoundError, StoreError, UploadNotFoundError
 from app.onboarding.files import FileKind, FileView, UploadedView, clean_filename
+from app.onboarding.generation import check_run
 from app.services.files import OpenedFile
 
 
@@ -47,7 +48,11 @@ async def put_result(call: Call) -> Response:
         parse_content_type(call.headers.get("content-type")),
         clean_filename(name, "result.bin"),
     )
-    view = await call.services.files.store_result(call.session_id, result, request=call.idempotent)
+    run = call.query.get("run")
+    check_run(run)
+    view = await call.services.files.store_result(
+        call.session_id, result, run=run, request=call.idempotent
+    )
     return call.answer(view, 201, {"etag": f'"{view["checksum"]}"'})
 
 
@@ -95,10 +100,10 @@ class Download:
         await outlet.write(b"", more=False)
 
 
-async def _download(call: Call, kind: FileKind, absent: type[AbsentError]) -> ASGIApp:
+async def _download(call: Call, kind: FileKind, absent: Callable[[], AbsentError]) -> ASGIApp:
     file = await call.services.files.open(call.session_id, kind)
     if file is None:
-        raise absent()  # type: ignore[call-arg] # each says by itself what is missing
+        raise absent()
     checksum = file.info.checksum
     if call.if_none_match is not None and call.if_none_match.match_weakly(checksum):
         return call.not_modified(f'"{checksum}"')
@@ -142,6 +147,7 @@ OPERATIONS = [
         tag="Files",
         body=Stream(limit="result", schema=_ANYTHING, required=False),
         headers=["Content-Disposition"],
+        query=[("run", {"type": "string", "minLength": 1}, "The run that made it")],
         idempotency_key=True,
         answers=[
             Answer(
@@ -151,7 +157,7 @@ OPERATIONS = [
                 headers=["ETag", "Idempotent-Replayed"],
             )
         ],
-        errors=["invalid_header", "session_conflict"],
+        errors=["invalid_request", "invalid_header", "session_conflict", "invalid_transition"],
     ),
     _downloads(
         *(_SESSION + "/result", "get_result", "Fetch what was generated"),

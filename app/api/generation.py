@@ -17,8 +17,9 @@ from app.onboarding.generation import (
     StatusView,
 )
 
-_NAME = StringConstraints(min_length=1, max_length=MAX_STAGE_LENGTH)
-_MESSAGE = StringConstraints(max_length=MAX_MESSAGE_LENGTH)
+_NO_CONTROL = r"^[^\x00-\x1f\x7f-\x9f]*$"
+_NAME = StringConstraints(min_length=1, max_length=MAX_STAGE_LENGTH, pattern=_NO_CONTROL)
+_MESSAGE = StringConstraints(max_length=MAX_MESSAGE_LENGTH, pattern=_NO_CONTROL)
 # What every tag looks like; whether it is one is asked later (RFC 5646 section 2.1).
 _TAG = StringConstraints(pattern=r"^[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*$", max_length=35)
 

@@ -10,10 +10,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.clock import monotonic_s
 from app.context import get_context, set_context
-from app.errors import PayloadTooLargeError
+from app.errors import DeadlineExceededError, PayloadTooLargeError
 
 STALL_S = 20.0
 """How long a client may take nothing of an answer before it is cut off, in seconds."""
+
+LONGEST_BODY_S = 3600.0
+"""How long a body may take to come in, in seconds: as long as its parts are kept."""
 
 EXTEND = "onboarding.extend"
 """Where in the scope lies a function that begins the time limit of the request anew, and returns
@@ -30,16 +33,20 @@ class CutOffError(ClientDisconnect):
 class Content:
     """A body as it comes in, no larger than `limit` bytes; iterated once.
 
-    The time limit of the request begins anew with each piece.
+    The time limit of the request begins anew with each piece, for an hour at most.
     """
 
     def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
         self._scope = scope
         self._receive = receive
         self._limit = limit
+        self._until_s = monotonic_s() + LONGEST_BODY_S
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Give the bytes. Raises `PayloadTooLargeError`, `ClientDisconnect`."""
+        """Give the bytes.
+
+        Raises `PayloadTooLargeError`, `DeadlineExceededError`, `ClientDisconnect`.
+        """
         size = 0
         more = True
         while more:
@@ -51,14 +58,13 @@ class Content:
             size += len(chunk)
             if size > self._limit:
                 raise too_large(self._limit)
-            self._extend()
+            if monotonic_s() > self._until_s:
+                raise DeadlineExceededError
+            extend = self._scope.get(EXTEND)
+            if extend is not None:
+                _allow(extend())
             if chunk:
                 yield chunk
-
-    def _extend(self) -> None:
-        context, extend = get_context(), self._scope.get(EXTEND)
-        if context is not None and extend is not None:
-            set_context(replace(context, deadline_s=monotonic_s() + extend()))
 
 
 class Outlet:
@@ -75,6 +81,8 @@ class Outlet:
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """Send a piece. Raises `CutOffError` when the client does not take it."""
+        # What is read for the next one has a time of its own.
+        _allow(STALL_S)
         await self._pass({"type": "http.response.body", "body": body, "more_body": more})
 
     async def cut_off(self) -> NoReturn:
@@ -93,6 +101,13 @@ class Outlet:
                 await self._send(message)
         except TimeoutError:
             await self.cut_off()
+
+
+def _allow(limit_s: float) -> None:
+    """Let the request go on asking the store for so long."""
+    context = get_context()
+    if context is not None:
+        set_context(replace(context, deadline_s=monotonic_s() + limit_s))
 
 
 def too_large(limit: int) -> PayloadTooLargeError:

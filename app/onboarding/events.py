@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple, NotRequired
+from typing import Literal, NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
 
 from app.clock import rfc3339
+from app.onboarding.generation import StatusView
 from app.onboarding.progress import Progress
 
 EVENT_TYPES = (
@@ -54,22 +55,14 @@ class EventList(TypedDict):
     gap: bool
 
 
-class Snapshot(TypedDict):
+class Snapshot(StatusView):
     """How a session is at one instant, with which a live stream begins.
 
-    From `status` to `updated_at` it is the status of the generation; `steps` is how far the
-    wizard is. `gap` says that events were missed which nobody can give any more.
+    The status of the generation, and in `steps` how far the wizard is. `gap` says that events were
+    missed which nobody can give any more.
     """
 
-    type: str
-    session_id: str
-    status: str
-    progress: int
-    stage: str | None
-    message: str | None
-    error_message: str | None
-    eta_seconds: int | None
-    updated_at: str
+    type: Literal["snapshot"]
     language: str
     finalized_at: str | None
     revision: int
@@ -107,8 +100,7 @@ def parse_event_id(text: str) -> EventId | None:
     found = _EVENT_ID.fullmatch(text)
     if not found:
         return None
-    parts = int(found[1]), int(found[2] or 0)
-    return EventId(*parts) if max(parts) < _BEYOND_ID else None
+    return EventId(int(found[1]), int(found[2] or 0))
 
 
 def is_gap(after: EventId, extent: Extent) -> bool:
@@ -136,7 +128,6 @@ def describe_event(event_id: EventId, fields: Mapping[str, str]) -> EventView:
     return described  # type: ignore[return-value] # the fields that our scripts write
 
 
-# 19 or 20 digits hold 64 bits; more are refused before int() sees them.
-_EVENT_ID = re.compile(r"([0-9]{1,20})(?:-([0-9]{1,20}))?")
-_BEYOND_ID = 2**64
+# 19 digits fit into 64 bits, and time in milliseconds takes 13.
+_EVENT_ID = re.compile(r"([0-9]{1,19})(?:-([0-9]{1,19}))?")
 _NUMBERS = frozenset({"step_id", "version", "revision", "progress", "size"})

@@ -200,6 +200,11 @@ def check_status_change(
     _refuse(faults)
 
 
+def check_run(run: str | None) -> None:
+    """Raise `InvalidRequestError` unless this can name a run, or is None."""
+    _refuse(_name_faults(run=run))
+
+
 def _name_faults(**names: str | None) -> list[Fault]:
     detail = f"1 to {MAX_STAGE_LENGTH} characters, none of them a control character"
     return [

@@ -38,7 +38,10 @@ from app.store.gateway import Gateway
 from app.store.subscription import Subscription
 
 EVENTS_AT_ONCE = 100
-"""Most events that are read for one follower at once: 300 KB at worst."""
+"""Most events that are read for one follower at once: 1 MB at worst, 20 KB as a rule."""
+
+READERS = 8
+"""Most followers that read their logs at once; the others wait their turn, a moment each."""
 
 LOOK_S = 1.0
 """How long a look at the log may take before a follower goes on without it, in seconds."""
@@ -84,6 +87,7 @@ class EventService:
         self._keys = gateway.keys
         self._subscription = subscription
         self._limits = limits
+        self._reading = asyncio.Semaphore(READERS)
         self._followers: set[Follower] = set()
         self._per_session: Counter[str] = Counter()
         self.stopping = False
@@ -151,6 +155,11 @@ class EventService:
             del self._per_session[follower.session_id]
         await self._subscription.remove(follower.channel, follower.hear)
 
+    @property
+    def can_hear(self) -> bool:
+        """Whether the store can tell that a log has grown."""
+        return self._subscription.is_connected
+
     def stop_soon(self) -> None:
         """Tell every follower that it is over."""
         self.stopping = True
@@ -158,12 +167,13 @@ class EventService:
             follower.wake()
 
     async def read_scene(self, session_id: str) -> Scene:
-        """Read how a session is, for a follower."""
-        return await self._streamed.get_scene(session_id)
+        """Read how a session is."""
+        return await self._events.get_scene(session_id)
 
     async def read_after(self, session_id: str, after: EventId) -> tuple[list[EventView], Extent]:
         """Read the next events after an id, for a follower."""
-        return await self._streamed.list_after(session_id, after, EVENTS_AT_ONCE)
+        async with self._reading:
+            return await self._streamed.list_after(session_id, after, EVENTS_AT_ONCE)
 
 
 class Follower:
@@ -207,7 +217,8 @@ class Follower:
                 messages.append(self._end("bye", None, {"type": "bye", "reason": "stopping"}))
             elif self._deleted:
                 messages.append(self._end_with_session())
-            else:
+            elif self._service.can_hear:
+                # Else there is nothing to ask: when the store is back, everybody hears of it.
                 async with asyncio.timeout(LOOK_S):
                     messages += await self._read_on()
         except SessionNotFoundError:

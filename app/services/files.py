@@ -108,12 +108,14 @@ class FileService:
         result: Incoming,
         *,
         is_document: bool = False,
+        run: str | None = None,
         request: IdempotentRequest | None = None,
     ) -> FileView:
         """Keep what a generator made, instead of what it made before.
 
-        `is_document` notes that it was given as a dict. `request` is the Idempotency-Key of a call
-        over HTTP, whose fingerprint the body completes.
+        `is_document` notes that it was given as a dict. `run` names the run that made it: when
+        another one has begun since, it is refused with `RunSupersededError`. `request` is the
+        Idempotency-Key of a call over HTTP, whose fingerprint the body completes.
         """
         check_session_id(session_id)
         save, limit = self._files.save_part, self._limits.result
@@ -127,6 +129,7 @@ class FileService:
                 FileKind.RESULT,
                 info,
                 event="result_stored",
+                run=run or "",
                 at_ms=info.stored_ms,
                 request=request,
             )
@@ -203,13 +206,16 @@ class FileService:
     async def _read(
         self, session_id: str, kind: FileKind, body: Body
     ) -> AsyncGenerator[bytes, None]:
+        size = len(body.first)
         if body.first:
             yield body.first
         for number in range(2, body.info.parts + 1):
             part = await self._files.get_part(session_id, kind, body.info, number)
             if part is None:
                 return
+            size += len(part)
             yield part
+        self._files.check_whole(session_id, kind, body.info, size)
 
 
 def _check_size(kind: FileKind, size: int, limit: int) -> None:

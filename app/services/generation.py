@@ -1,5 +1,6 @@
 """The generation of a session: what a generator reports, and what is made of it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -47,7 +48,17 @@ __all__ = [
     "ProgressEvent",
     "ProgressReporter",
     "SessionStatus",
+    "add_progress_event",
     "get_generation_service",
+    "get_language_preference",
+    "get_latest_progress",
+    "get_progress_events",
+    "get_result",
+    "get_status",
+    "set_language_preference",
+    "store_result",
+    "update_session_progress",
+    "update_session_status",
 ]
 
 log = structlog.get_logger()
@@ -90,13 +101,12 @@ class GenerationService:
         check_session_id(session_id)
         wanted = _status(status)
         check_status_change(wanted, error_message, run)
-        at_ms = now_ms()
-        generation, changed = await self._generations.set_status(
+        generation, at_ms, changed = await self._generations.set_status(
             session_id,
             wanted,
             error_message or "",
             run=run or "",
-            at_ms=at_ms,
+            at_ms=now_ms(),
             request=request,
         )
         if changed and not (request and request.replayed):
@@ -187,20 +197,27 @@ class GenerationService:
         *,
         content_type: str | None = None,
         filename: str | None = None,
+        run: str | None = None,
     ) -> FileView:
         """Keep what was generated, bytes or a JSON object, instead of what was before.
 
-        Without a type, bytes are `application/octet-stream`. Raises `InvalidRequestError`,
-        `PayloadTooLargeError`.
+        Without a type, bytes are `application/octet-stream`. `run` names the run that made it.
+        Raises `InvalidRequestError`, `PayloadTooLargeError`, `RunSupersededError`.
         """
         is_document = not isinstance(result, bytes)
-        content = result if isinstance(result, bytes) else Document.of(result).text
+        if isinstance(result, bytes):
+            content = result
+        else:
+            # A long look takes 0.2 s for a megabyte.
+            content = (await asyncio.to_thread(Document.of, result)).text
         content_type = content_type or ("application/json" if is_document else ANY_TYPE)
         if not is_media_type(content_type):
             raise InvalidRequestError("content_type is a media type, such as application/pdf")
         name = clean_filename(filename, "result.json" if is_document else "result.bin")
         incoming = _Ready(content, content_type, name)
-        return await self._files.store_result(session_id, incoming, is_document=is_document)
+        return await self._files.store_result(
+            session_id, incoming, is_document=is_document, run=run
+        )
 
     async def get_result(self, session_id: str) -> bytes | dict[str, Any] | None:
         """Read what was generated, as it was stored; None when nothing was."""
@@ -216,7 +233,9 @@ class GenerationService:
                 break
             # Replaced while it was read: the next one is there already.
         result = content.getvalue()
-        return dict(orjson.loads(result)) if opened.info.is_document else result
+        if not opened.info.is_document:
+            return result
+        return dict(await asyncio.to_thread(orjson.loads, result))
 
     async def aclose(self) -> None:
         """Close the connections of this event loop; the next call opens them again."""
@@ -257,25 +276,26 @@ def get_generation_service() -> GenerationService:
     return GenerationService(gateway, files)
 
 
-def __getattr__(name: str) -> Any:
-    """Give the methods of this process's service, which callers import from here by name.
+class _OfThisProcess(GenerationService):
+    """The service of this process, made when one of its methods is first called."""
 
-    The service is made when one of them is called, and not by the import.
-    """
-    if name not in _CALLED_BY_NAME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __init__(self) -> None:
+        """Make nothing yet: an import opens no store."""
 
-    async def call(*arguments: Any, **options: Any) -> Any:
-        return await getattr(get_generation_service(), name)(*arguments, **options)
-
-    return call
+    def __getattr__(self, name: str) -> Any:
+        # Asked for what __init__ would have set, and has not.
+        return getattr(get_generation_service(), name)
 
 
-_CALLED_BY_NAME = frozenset(
-    {
-        *("update_session_status", "update_session_progress", "get_status"),
-        *("set_language_preference", "get_language_preference"),
-        *("add_progress_event", "get_progress_events", "get_latest_progress"),
-        *("store_result", "get_result"),
-    }
-)
+# What callers import from here by name, for a worker or a REPL.
+_service = _OfThisProcess()
+get_status = _service.get_status
+update_session_status = _service.update_session_status
+update_session_progress = _service.update_session_progress
+add_progress_event = _service.add_progress_event
+get_progress_events = _service.get_progress_events
+get_latest_progress = _service.get_latest_progress
+get_language_preference = _service.get_language_preference
+set_language_preference = _service.set_language_preference
+store_result = _service.store_result
+get_result = _service.get_result

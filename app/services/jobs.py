@@ -26,9 +26,12 @@ HEARTBEATS = 3
 WAIT_S = 0.5
 """Longest wait for a new job in one look, in seconds; less than one command may take."""
 
-LOOKS, LOOK_AGAIN_S = 20, 0.05
-"""How often a session that is about to be finalized is looked at, with which pause in seconds. The
-next look comes when the job has been left for as long as an abandoned one."""
+LOOKS = 20
+"""How often a session that is about to be finalized is looked at, before its job is left alone for
+as long as an abandoned one."""
+
+LOOK_AGAIN_S = 0.05
+"""Pause between two of these looks, in seconds."""
 
 TRY_AGAIN_S = 1.0
 """Pause before the queue is asked again when the store could not be, in seconds."""
@@ -96,16 +99,18 @@ class JobService:
             if isinstance(failure, StoreError) and not isinstance(failure, CorruptRecordError):
                 log.warning("job_left", session_id=job.session_id, exception=kind)
                 return
-            log.error("job_failed", session_id=job.session_id, exception=kind)
+            log.error("generation_failed", session_id=job.session_id, exception=kind)
         finally:
             heartbeat.cancel()
         # If that fails, the job comes once more, and is found to be done.
         with suppress(StoreError):
-            await self._jobs.finish(self._worker, job)
-        log.info("job_finished", session_id=job.session_id, revision=job.revision)
+            if await self._jobs.finish(self._worker, job):
+                log.info("job_finished", session_id=job.session_id, revision=job.revision)
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop."""
+        """Leave the queue, and close the connections of this event loop."""
+        with suppress(StoreError):
+            await self._jobs.leave(self._worker)
         await self._gateway.aclose()
 
     async def _beat(self, job: Job, block: "asyncio.Task[None] | None") -> None:
@@ -124,6 +129,10 @@ class JobService:
                 state = await self._sessions.get_state(job.session_id)
             except SessionNotFoundError:
                 state = None
+            except CorruptRecordError:
+                # Nobody could work on it, now or later; the log names the key.
+                course = Course.DROP
+                break
             course = plan_job(job, state, now_ms())
             if course is not Course.LEAVE:
                 break

@@ -52,7 +52,8 @@ class ProgressReporter:
 
     Call it with a stage, its progress in percent and a message, from the thread of the event loop
     or any other, wherever a plain `progress_callback(stage, progress, message)` is wanted. Reports
-    are delivered in the order of the calls, each once; on exit the last ones are waited for.
+    are delivered in the order of the calls, each once; on exit the last ones are waited for. A call
+    raises what an earlier report was refused with, such as `SessionNotFoundError`.
 
     A run that answers several questions gives each the callback `question(number)`: what they
     report counts for their share, and the run is at 100 once, when all of them are.
@@ -77,9 +78,15 @@ class ProgressReporter:
         self._count = 0
         self._is_full = False
         self._is_running = False
+        self._failure: OnboardingError | None = None
         self._waiting: deque[ProgressEvent] = deque()
         self._calls = threading.Lock()
         self._more = asyncio.Event()
+
+    @property
+    def run(self) -> str:
+        """The name of the run, for a result that is to be refused when another run has begun."""
+        return self._run
 
     async def __aenter__(self) -> Self:
         """Set the status to `processing`. Raises what the desk raises."""
@@ -140,11 +147,15 @@ class ProgressReporter:
         progress: int | None = None,
         message: str | None = None,
     ) -> None:
-        own = progress_of_stage(stage) if progress is None else progress
+        own = progress_of_stage(stage) if progress is None else int(progress)
+        # What is reported from the middle of a library should not fail there for a line break.
+        message = None if message is None else clean_message(message)
         check_progress_event(ProgressEvent(self._session_id, stage, own, message))
         with self._calls:
             if not self._is_running:
                 raise RuntimeError("the run has ended, or not begun: report within its block")
+            if self._failure is not None:
+                raise self._failure
             if question is not None:
                 self._progress[question] = own
                 own = add_up(self._progress)
@@ -171,6 +182,10 @@ class ProgressReporter:
                         raise
                     await asyncio.sleep(SEND_AGAIN_S)
                     continue
+                except OnboardingError as refused:
+                    # Such as that the session is gone: the run would go on for nobody.
+                    self._failure = refused
+                    raise
                 self._waiting.popleft()
             if not self._is_running:
                 return

@@ -26,9 +26,9 @@ BULK_CONNECTIONS = 8
 """Connections for the parts of large bodies: 4 MB on their way at once, and no other call waits
 behind them."""
 
-STREAM_CONNECTIONS = 2
-"""Connections over which the followers of sessions read their logs, beside the one that tells them
-when: a read takes a tenth of a millisecond."""
+STREAM_CONNECTIONS = 8
+"""Most connections over which the followers of sessions read their logs, beside the one that tells
+them when. As many may read at once (`services/events.READERS`), so that nobody waits for one."""
 
 SEND_LIMIT = 1.5
 """Longest sending, in time limits of one command: four of them and the waits between, 14.5 s by

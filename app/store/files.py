@@ -7,7 +7,7 @@ the body in the place of the one before it: who reads sees the old one or the ne
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from app.errors import BodyLostError, SessionNotFoundError
+from app.errors import BodyLostError, RunSupersededError, SessionNotFoundError
 from app.onboarding.files import FileInfo, FileKind
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.faults import corrupt
@@ -15,7 +15,8 @@ from app.store.gateway import Gateway
 from app.store.keys import SessionKeys
 
 ON_ITS_WAY_MS = 3_600_000
-"""How long a body may be on its way: an hour. What was not finished then is removed."""
+"""How long a body may be on its way: an hour. What is not finished then goes with the next write of
+its session, or with the session."""
 
 
 class Body(NamedTuple):
@@ -55,7 +56,8 @@ class FileStore:
     ) -> None:
         """Keep one part of a body whose session will be made when all of it has come."""
         key = self._keys.session(session_id).part(kind, transfer, number)
-        await self._bulk.command("SET", key, data, "PX", ON_ITS_WAY_MS)
+        # NX: a sending that was given up may arrive when the part is kept for longer.
+        await self._bulk.command("SET", key, data, "PX", ON_ITS_WAY_MS, "NX")
 
     async def drop_parts(self, session_id: str, kind: FileKind, transfer: str, parts: int) -> None:
         """Remove the parts of a body that will not be finished."""
@@ -71,13 +73,15 @@ class FileStore:
         info: FileInfo,
         *,
         event: str,
+        run: str,
         at_ms: int,
         request: IdempotentRequest | None = None,
     ) -> FileInfo:
         """Show a body whose parts are all kept, instead of the one before it.
 
         Returns what is known of it; with an Idempotency-Key that was used before, of the first.
-        Raises `BodyLostError` when a part is gone.
+        Raises `BodyLostError` when a part is gone, and `RunSupersededError` when another run than
+        the one that made it has begun since.
         """
         keys = self._keys.session(session_id)
         about = write_info(info)
@@ -87,7 +91,7 @@ class FileStore:
             "store_body",
             keys,
             body_keys(keys, kind, info),
-            [event, len(about), *about, *told],
+            [event, run, len(about), *about, *told],
             at_ms=at_ms,
             request=request,
         )
@@ -96,6 +100,8 @@ class FileStore:
                 raise SessionNotFoundError
             case "part_lost":
                 raise BodyLostError
+            case "superseded":
+                raise RunSupersededError
         return _read_info(keys.body(kind), reply.values[0])
 
     async def get(self, session_id: str, kind: FileKind) -> Body | None:
@@ -127,6 +133,11 @@ class FileStore:
             if current == info.transfer.encode():
                 raise corrupt(key, "the file")
         return part
+
+    def check_whole(self, session_id: str, kind: FileKind, info: FileInfo, size: int) -> None:
+        """Raise `CorruptRecordError` unless the parts of a body had the size that it has."""
+        if size != info.size:
+            raise corrupt(self._keys.session(session_id).body(kind), "the file")
 
     async def aclose(self) -> None:
         """Close the connections of this event loop that the parts take."""

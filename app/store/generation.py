@@ -58,8 +58,8 @@ class GenerationStore:
         run: str,
         at_ms: int,
         request: IdempotentRequest | None = None,
-    ) -> tuple[Generation, bool]:
-        """Set the status; give the generation, and whether that changed it.
+    ) -> tuple[Generation, int, bool]:
+        """Set the status; give the generation, when that was in Unix ms, and whether it changed.
 
         Raises `InvalidTransitionError` when it may not follow the current status, and
         `RunSupersededError` when another run has begun since the one that ends.
@@ -85,7 +85,8 @@ class GenerationStore:
                 raise InvalidTransitionError(reply.values[0].decode(), status)
             case "superseded":
                 raise RunSupersededError
-        return read_generation(keys.progress, reply.values), reply.word == "ok"
+        asked_ms, *values = reply.values
+        return read_generation(keys.progress, values), int(asked_ms), reply.word == "ok"
 
     async def add_event(
         self, event: ProgressEvent, *, at_ms: int, request: IdempotentRequest | None = None

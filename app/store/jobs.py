@@ -49,9 +49,13 @@ class JobStore:
         reply = await self._gateway.evaluate("keep_job", [self._key], [GROUP, worker, job.job_id])
         return reply.word == "ok"
 
-    async def finish(self, worker: str, job: Job) -> None:
-        """Take a job out of the queue, unless somebody else has taken it over."""
-        await self._remove(worker, job.job_id)
+    async def finish(self, worker: str, job: Job) -> bool:
+        """Take a job out of the queue; False when somebody else has taken it over, or done it."""
+        return await self._remove(worker, job.job_id)
+
+    async def leave(self, worker: str) -> None:
+        """Forget a worker that will not come back, unless it still has a job."""
+        await self._gateway.evaluate("leave_queue", [self._key], [GROUP, worker])
 
     async def _read(self, worker: str, job_id: bytes, fields: Any) -> Job:
         """Read an entry of the queue; what is no job would only come back, so it goes."""
@@ -61,8 +65,9 @@ class JobStore:
             await self._remove(worker, job_id)
             raise corrupt(self._key, "the queue") from None
 
-    async def _remove(self, worker: str, job_id: str | bytes) -> None:
-        await self._gateway.evaluate("finish_job", [self._key], [GROUP, worker, job_id])
+    async def _remove(self, worker: str, job_id: str | bytes) -> bool:
+        reply = await self._gateway.evaluate("finish_job", [self._key], [GROUP, worker, job_id])
+        return reply.word == "ok"
 
     async def _take_over(self, worker: str, abandoned_ms: int) -> Job | None:
         found = await self._gateway.command(

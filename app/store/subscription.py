@@ -61,6 +61,11 @@ class Subscription:
         self._reader: asyncio.Task[None] | None = None
         self._closing = False
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether what is published is heard at the moment."""
+        return self._pubsub is not None
+
     async def add(self, name: str, listener: Listener) -> None:
         """Listen to a channel; whatever is published after this returns is passed on.
 
@@ -72,7 +77,8 @@ class Subscription:
             self._reader = asyncio.create_task(self._read_on(), name="subscription")
         try:
             async with asyncio.timeout(CONFIRMED_WITHIN_S):
-                if len(channel.listeners) == 1:
+                if not channel.confirmed.is_set():
+                    # Also when it is not the first listener, whose word may have been cut short.
                     await self._send(name, wanted=True)
                 await channel.confirmed.wait()
         except BaseException as failure:

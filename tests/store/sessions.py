@@ -68,7 +68,7 @@ class Place(NamedTuple):
     async def place(self, session_id: str, info: FileInfo) -> None:
         """Show a result whose parts are kept."""
         await self.files.place(
-            session_id, FileKind.RESULT, info, event="result_stored", at_ms=now_ms()
+            session_id, FileKind.RESULT, info, event="result_stored", run="", at_ms=now_ms()
         )
 
     async def store(self, session_id: str, transfer: str, *parts: bytes) -> None:

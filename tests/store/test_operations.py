@@ -61,7 +61,7 @@ OPERATIONS = [
     Operation("set_language", args=["de"]),
     Operation("add_event", args=["a stage", 10, "a message", "id-1", ""]),
     Operation(
-        "store_body", ["result"], ["result_stored", 4, "transfer", "t", "parts", 0, "size", 0]
+        "store_body", ["result"], ["result_stored", "", 4, "transfer", "t", "parts", 0, "size", 0]
     ),
     # The ninth change of the session; what is counted is in finalize_session.lua.
     Operation("finalize_session", ["export"], ["8", EXPORT, ""]),

@@ -167,7 +167,7 @@ class Session:
 STEP = ["step:1", "draft:1"]
 DRAFT: list[Argument] = [PIN, 1, AT, 60_000, '{"a":1}']
 BODY = ["result", "result:t:1"]
-STORE: list[Argument] = ["result_stored", 4, "transfer", "t", "parts", 1, "size", 1]
+STORE: list[Argument] = ["result_stored", "", 4, "transfer", "t", "parts", 1, "size", 1]
 PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "run", "status", "percent"]
 REPORT: list[Argument] = ["stage", 10, "message", "id-1", ""]
 DELETE: list[Argument] = [1, 3, AT_MS]
@@ -275,6 +275,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.call("read_body", body, []) == "body_not_found"
     assert await session.change("store_body", BODY, STORE) == "part_lost"
     assert await session.call("save_part", kept, ["x", 1000]) == "ok"
+    assert await session.change("store_body", BODY, [STORE[0], "x", *STORE[2:]]) == "superseded"
     assert await session.change("store_body", BODY, STORE) == "ok"
     assert await session.call("read_body", body, []) == "ok"
     await gateway.command("DEL", part)
@@ -287,7 +288,9 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.call("keep_job", [jobs], ["g", "worker", job]) == "ok"
     assert await session.call("keep_job", [jobs], ["g", "another", job]) == "lost"
     assert await session.call("finish_job", [jobs], ["g", "another", job]) == "lost"
+    assert await session.call("leave_queue", [jobs], ["g", "worker"]) == "busy"
     assert await session.call("finish_job", [jobs], ["g", "worker", job]) == "ok"
+    assert await session.call("leave_queue", [jobs], ["g", "worker"]) == "ok"
     assert await session.call("keep_job", [jobs], ["g", "worker", job]) == "lost"
     await gateway.command("DEL", jobs)
     assert await session.change("set_status", args=complete) == "ok"

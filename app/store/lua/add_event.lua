@@ -17,9 +17,14 @@ if not state.status then
 end
 local stage, percent, message, given = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 if given ~= '' then
-  local first = redis.call('HGET', OPS, 'event:' .. given)
+  local known = redis.call('HGET', OPS, 'event:' .. given)
+  local first = known and redis.call('XRANGE', EVENTS, known, known)[1]
   if first then
-    return answer({'repeated', unpack(cjson.decode(first))})
+    local told = {}
+    for i = 1, #first[2], 2 do
+      told[first[2][i]] = first[2][i + 1]
+    end
+    return answer({'repeated', known, told.stage, told.progress, told.message or '', told.at})
   end
 end
 
@@ -42,6 +47,6 @@ if given ~= '' then
 end
 local taken = {record('progress', unpack(about)), stage, percent, message, at_ms}
 if given ~= '' then
-  redis.call('HSET', OPS, 'event:' .. given, cjson.encode(taken))
+  redis.call('HSET', OPS, 'event:' .. given, taken[1])
 end
 return answer({'ok', unpack(taken)})

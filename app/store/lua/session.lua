@@ -36,8 +36,12 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
--- The memory of operations: fields '<turn>:<operation>', a turn being 120 s long. Looked up in
--- this turn and the one before; older ones are forgotten when a new turn begins.
+-- The memory of a session, in `ops`:
+--   <turn>:<operation>  its reply, a turn being 120 s long; looked up in this turn and the one before
+--   turn                the turn in which older ones were forgotten last
+--   event:<given>       id of the event that a sender gave this id
+--   key:<key>           a record of an Idempotency-Key, and its end in Unix ms
+--   part:<key>          a part of a body, and until when that may be on its way in Unix ms, or 'kept'
 local turn = math.floor(now_ms / MEMORY_MS)
 local memory = redis.call('HMGET', OPS,
   whole(turn) .. ':' .. operation, whole(turn - 1) .. ':' .. operation, 'turn')
@@ -117,7 +121,7 @@ local function forget_older_turns()
     if kind == 'key' or kind == 'part' then
       is_stale = (tonumber(value) or now_ms) < now_ms
     elseif kind == 'event' then
-      is_stale = tonumber(string.match(value, '^%["(%d+)%-')) < oldest_ms
+      is_stale = tonumber(string.match(value, '^%d+')) < oldest_ms
     end
     if is_stale then
       stale[#stale + 1] = name

@@ -5,8 +5,8 @@
 -- ARGV  6 the status, 7 those that it may follow as '|pending|error|', 8 the message of an error
 --       ('' = none), 9 name of the run ('' = it has none), from 10 the fields to answer with
 --
--- Returns {'ok', value, ...} with a value for each field, {'unchanged', value, ...} when that is
---         its status already, {'not_found'}, {'invalid_transition', current status},
+-- Returns {'ok', time in Unix ms, value, ...} with a value for each field,
+--         {'unchanged', time in Unix ms, value, ...} when that is its status already, {'not_found'}, {'invalid_transition', current status},
 --         {'superseded'} when a run ends that another one has followed
 --
 -- Safe to send twice: see session.lua.
@@ -21,11 +21,11 @@ end
 -- What a run is for; 0 while the steps are open.
 local run_revision = state.finalized_at ~= '' and state.revision or '0'
 if state.status == status then
-  if status == 'processing' then
+  if status == 'processing' and run ~= '' then
     -- Whoever takes a session over goes on in its own name.
-    redis.call('HSET', PROGRESS, 'run', run, 'run_revision', run_revision)
+    change('run', run, 'run_revision', run_revision)
   end
-  return answer({'unchanged', unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 10)))})
+  return answer({'unchanged', at_ms, unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 10)))})
 end
 if not string.find(ARGV[7], '|' .. state.status .. '|', 1, true) then
   return {'invalid_transition', state.status}
@@ -48,4 +48,4 @@ else
     record('status_changed', 'status', status, 'error_message', ARGV[8])
   end
 end
-return answer({'ok', unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 10)))})
+return answer({'ok', at_ms, unpack(redis.call('HMGET', PROGRESS, unpack(ARGV, 10)))})

@@ -2,11 +2,12 @@
 -- Put a body whose parts are all there in the place of the one before it.
 --
 -- KEYS  5 the body, from 6 its parts
--- ARGV  6 type of the event, 7 number of values about the body, then field and value of each, then
---       field and value of what the event says
+-- ARGV  6 type of the event, 7 name of the run that made it ('' = it has none), 8 number of values
+--       about the body, then field and value of each, then field and value of what the event says
 --
 -- Returns {'ok', {field, value, ...}} with what is known of the body, {'not_found'},
---         {'part_lost'} when the body is not whole any more
+--         {'part_lost'} when the body is not whole any more,
+--         {'superseded'} when another run has followed the one that made it
 --
 -- Safe to send twice: see session.lua.
 
@@ -20,9 +21,13 @@ for i = 6, last_part do
   end
 end
 
+if ARGV[7] ~= '' and redis.call('HGET', PROGRESS, 'run') ~= ARGV[7] then
+  return {'superseded'}
+end
+
 local before = parts_of(KEYS[5])
-local last = 7 + tonumber(ARGV[7])
-redis.call('HSET', KEYS[5], unpack(ARGV, 8, last))
+local last = 8 + tonumber(ARGV[8])
+redis.call('HSET', KEYS[5], unpack(ARGV, 9, last))
 redis.call('PEXPIREAT', KEYS[5], deadline)
 for i = 6, last_part do
   redis.call('PEXPIREAT', KEYS[i], deadline)
