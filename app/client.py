@@ -47,6 +47,10 @@ COME_BACK_S = 1.0
 """Pause before a live stream is opened again, in seconds, until the service names another."""
 
 
+LONGEST_PAUSE_S = 30.0
+"""Longest pause that is kept because the service asks for it, in seconds."""
+
+
 class RefusedError(OnboardingError):
     """The service refused a call: its `code`, the HTTP `status`, and what would be right."""
 
@@ -162,7 +166,7 @@ class OnboardingClient:
         Comes back by itself, with a snapshot more, when the connection or the service ends. Raises
         `UnreachableError` when it could not be reached in the first place.
         """
-        has_begun = False
+        failures = 0
         pause_s = COME_BACK_S
         while True:
             headers = {} if last_event_id is None else {"last-event-id": last_event_id}
@@ -175,7 +179,7 @@ class OnboardingClient:
             try:
                 async with read as response:
                     await _check(response)
-                    has_begun = True
+                    failures = -ATTEMPTS
                     async for fields in _blocks(response):
                         if "retry" in fields:
                             pause_s = int(fields["retry"]) / 1000
@@ -185,8 +189,11 @@ class OnboardingClient:
                             yield event
                             if event["type"] == "deleted":
                                 return
-            except (HTTPError, UnreachableError):
-                if not has_begun:
+            except UnreachableError as later:
+                pause_s = max(pause_s, min(later.retry_after_s, LONGEST_PAUSE_S))
+            except HTTPError:
+                failures += 1
+                if failures == ATTEMPTS:
                     raise UnreachableError from None
             await asyncio.sleep(pause_s)
 
@@ -234,7 +241,7 @@ async def _check(response: Response) -> None:
     if response.is_success:
         return
     status = response.status_code
-    if status in _COME_AGAIN:
+    if status == 429 or status >= 500:
         raise UnreachableError(_seconds(response.headers.get("retry-after", "")))
     code, detail = "unknown", f"It was not the service that answered with {status}"
     # What else answers in its place, such as a balancer, knows no codes of ours.
@@ -268,7 +275,7 @@ async def _lines(response: Response) -> AsyncIterator[str]:
 def _wait(state: RetryCallState) -> float:
     failure = state.outcome and state.outcome.exception()
     wanted_s = failure.retry_after_s if isinstance(failure, UnreachableError) else 0.0
-    return max(wanted_s, _BACKOFF(state))
+    return max(min(wanted_s, LONGEST_PAUSE_S), _BACKOFF(state))
 
 
 def _seconds(text: str) -> float:
@@ -279,5 +286,4 @@ def _path(session_id: str, what: str) -> str:
     return f"/api/v1/onboarding/{quote(session_id, safe='')}/{what}"
 
 
-_COME_AGAIN = frozenset({429, 502, 503, 504})
 _BACKOFF = wait_exponential(multiplier=0.2, max=5.0) + wait_random(0, 0.2)

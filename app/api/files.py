@@ -135,6 +135,12 @@ def _downloads(path: str, name: str, summary: str, handler: Any, error: str) -> 
     )
 
 
+_RUN = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 128,
+    "pattern": "^[^\\x00-\\x1f\\x7f-\\x9f]*$",
+}
 _SESSION = "/api/v1/onboarding/{id}"
 
 OPERATIONS = [
@@ -147,7 +153,7 @@ OPERATIONS = [
         tag="Files",
         body=Stream(limit="result", schema=_ANYTHING, required=False),
         headers=["Content-Disposition"],
-        query=[("run", {"type": "string", "minLength": 1}, "The run that made it")],
+        query=[("run", _RUN, "The run that made it")],
         idempotency_key=True,
         answers=[
             Answer(

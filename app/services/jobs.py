@@ -37,6 +37,10 @@ TRY_AGAIN_S = 1.0
 """Pause before the queue is asked again when the store could not be, in seconds."""
 
 
+LEAVE_S = 0.5
+"""How long a generator that ends may take to say so, in seconds."""
+
+
 class JobService:
     """Hands finalized sessions to one generator, which has a name of its own.
 
@@ -104,13 +108,16 @@ class JobService:
             heartbeat.cancel()
         # If that fails, the job comes once more, and is found to be done.
         with suppress(StoreError):
-            if await self._jobs.finish(self._worker, job):
-                log.info("job_finished", session_id=job.session_id, revision=job.revision)
+            is_ours = await self._jobs.finish(self._worker, job)
+            event = "job_finished" if is_ours else "job_lost"
+            log.info(event, session_id=job.session_id, revision=job.revision)
 
     async def aclose(self) -> None:
         """Leave the queue, and close the connections of this event loop."""
-        with suppress(StoreError):
-            await self._jobs.leave(self._worker)
+        # A courtesy, for which nobody waits long.
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await self._jobs.leave(self._worker)
         await self._gateway.aclose()
 
     async def _beat(self, job: Job, block: "asyncio.Task[None] | None") -> None:

@@ -96,7 +96,9 @@ class ProgressReporter:
         self._is_running = True
         return self
 
-    def __call__(self, stage: str, progress: int | None = None, message: str | None = None) -> None:
+    def __call__(
+        self, stage: str, progress: float | None = None, message: str | None = None
+    ) -> None:
         """Report the run as a whole. Raises `InvalidRequestError`, `RuntimeError` outside it."""
         self._report(None, stage, progress, message)
 
@@ -144,10 +146,12 @@ class ProgressReporter:
         self,
         question: int | None,
         stage: str,
-        progress: int | None = None,
+        progress: float | None = None,
         message: str | None = None,
     ) -> None:
-        own = progress_of_stage(stage) if progress is None else int(progress)
+        own = progress_of_stage(stage) if progress is None else progress
+        if isinstance(own, float):
+            own = int(own)
         # What is reported from the middle of a library should not fail there for a line break.
         message = None if message is None else clean_message(message)
         check_progress_event(ProgressEvent(self._session_id, stage, own, message))

@@ -12,7 +12,7 @@ from app.onboarding.events import (
     parse_event_id,
 )
 
-HIGHEST = 2**64 - 1
+HIGHEST = 10**19 - 1
 
 ids = st.builds(EventId, st.integers(0, HIGHEST), st.integers(0, HIGHEST))
 
