@@ -128,7 +128,9 @@ class Subscription:
                     failures = 0
                 fault = judge(failure)
                 kind = fault.kind if fault else type(failure).__name__
-                log.warning("subscription_lost", fault=kind)
+                if not failures:
+                    # Once for each outage.
+                    log.warning("subscription_lost", fault=kind)
             for channel in self._channels.values():
                 channel.confirmed.clear()
             await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
