@@ -116,7 +116,7 @@ class ProgressReporter:
         traceback: TracebackType | None,
     ) -> None:
         """Deliver what is left and set the status that the run ended with."""
-        if failure is None and not self._is_full:
+        if failure is None and self._failure is None and not self._is_full:
             self("complete")
         with self._calls:
             self._is_running = False
