@@ -30,6 +30,7 @@ from tenacity import (
 )
 
 from app.errors import OnboardingError, StoreUnavailableError
+from app.onboarding.files import check_media_type, content_of
 from app.onboarding.generation import ProgressEvent
 from app.onboarding.sessions import SessionStatus
 from app.services.reporter import ProgressReporter
@@ -69,6 +70,10 @@ class UnreachableError(StoreUnavailableError):
     def __init__(self, retry_after_s: float = 0.0) -> None:
         super().__init__()
         self.retry_after_s = retry_after_s
+
+
+class _NoRoomError(UnreachableError):
+    """The service has no room for one more at the moment."""
 
 
 class OnboardingClient:
@@ -139,17 +144,17 @@ class OnboardingClient:
         filename: str | None = None,
         run: str | None = None,
     ) -> dict[str, Any]:
-        """Keep what was generated, bytes or a JSON object, instead of what was before."""
-        is_document = not isinstance(result, bytes)
-        content = result if isinstance(result, bytes) else orjson.dumps(result)
-        headers = {
-            "content-type": "application/json" if is_document else "application/octet-stream"
-        }
-        if content_type is not None:
-            headers["content-type"] = content_type
+        """Keep what was generated, bytes or a JSON object, instead of what was before.
+
+        Raises `InvalidRequestError` too.
+        """
+        content, own_type = await asyncio.to_thread(content_of, result)
+        headers = {"content-type": check_media_type(content_type or own_type)}
         headers["idempotency-key"] = os.urandom(16).hex()
         if filename is not None:
-            headers["content-disposition"] = f"attachment; filename*=UTF-8''{quote(filename)}"
+            headers["content-disposition"] = (
+                f"attachment; filename*=UTF-8''{quote(filename, errors='replace')}"
+            )
         what = "result" if run is None else f"result?run={quote(run, safe='')}"
         response = await self._send("PUT", session_id, what, content, headers)
         return dict(orjson.loads(response.content))
@@ -166,7 +171,7 @@ class OnboardingClient:
         Comes back by itself, with a snapshot more, when the connection or the service ends. Raises
         `UnreachableError` when it could not be reached in the first place.
         """
-        failures = 0
+        failures, has_begun = 0, False
         pause_s = COME_BACK_S
         while True:
             headers = {} if last_event_id is None else {"last-event-id": last_event_id}
@@ -179,7 +184,7 @@ class OnboardingClient:
             try:
                 async with read as response:
                     await _check(response)
-                    failures = -ATTEMPTS
+                    has_begun = True
                     async for fields in _blocks(response):
                         if "retry" in fields:
                             pause_s = int(fields["retry"]) / 1000
@@ -189,11 +194,12 @@ class OnboardingClient:
                             yield event
                             if event["type"] == "deleted":
                                 return
-            except UnreachableError as later:
-                pause_s = max(pause_s, min(later.retry_after_s, LONGEST_PAUSE_S))
-            except HTTPError:
-                failures += 1
-                if failures == ATTEMPTS:
+            except (HTTPError, UnreachableError) as failure:
+                if isinstance(failure, UnreachableError):
+                    pause_s = max(pause_s, min(failure.retry_after_s, LONGEST_PAUSE_S))
+                # Where there is only no room, there will be.
+                failures += not isinstance(failure, _NoRoomError)
+                if failures >= ATTEMPTS and not has_begun:
                     raise UnreachableError from None
             await asyncio.sleep(pause_s)
 
@@ -241,8 +247,11 @@ async def _check(response: Response) -> None:
     if response.is_success:
         return
     status = response.status_code
-    if status == 429 or status >= 500:
-        raise UnreachableError(_seconds(response.headers.get("retry-after", "")))
+    retry_after_s = _seconds(response.headers.get("retry-after", ""))
+    if status == 429:
+        raise _NoRoomError(retry_after_s)
+    if status >= 500:
+        raise UnreachableError(retry_after_s)
     code, detail = "unknown", f"It was not the service that answered with {status}"
     # What else answers in its place, such as a balancer, knows no codes of ours.
     with suppress(HTTPError, ValueError, LookupError, TypeError):

@@ -163,9 +163,13 @@ class Protocol(HttpToolsProtocol):
         self._refused = True
         cycle: Any = self.cycle  # None before the first request, whatever its annotation says
         if cycle is not None and not cycle.response_complete:
-            # The request before it is still being answered; close when that is done.
-            cycle.keep_alive = False
-            return
+            if not cycle.more_body:
+                # The request before it is still being answered; close when that is done.
+                cycle.keep_alive = False
+                return
+            if cycle.response_started:
+                self.transport.close()
+                return
         request_id = new_request_id()
         log.info("unreadable_request_refused", request_id=request_id)
         detail = "This cannot be served as HTTP/1.1; see to the request line and the headers"

@@ -16,7 +16,7 @@ from tenacity import wait_none
 
 import app.client
 from app.client import ATTEMPTS, OnboardingClient, RefusedError, UnreachableError
-from app.errors import StoreError
+from app.errors import InvalidRequestError, StoreError
 from app.onboarding.generation import ProgressEvent
 from app.services.files import make_file_service
 from app.services.generation import GenerationService
@@ -268,14 +268,8 @@ async def test_an_unknown_session_is_refused_by_every_call_and_asked_for_once(
             422,
             "progress",
         ),
-        (
-            lambda client, session_id: client.store_result(session_id, b"x", content_type="x"),
-            "invalid_header",
-            400,
-            "Content-Type",
-        ),
     ],
-    ids=["export", "result", "transition", "status", "progress", "type"],
+    ids=["export", "result", "transition", "status", "progress"],
 )
 async def test_a_refusal_says_what_was_wrong(
     wire: HttpProxy,
@@ -387,6 +381,26 @@ async def test_what_somebody_else_refuses_is_refused_at_once(
         await client.get_status(session_id)
 
     assert (refused.value.code, refused.value.status) == ("unknown", int(status[:3]))
+
+
+async def test_who_follows_a_service_that_never_does_its_part_is_told(
+    wire: HttpProxy, client: OnboardingClient, session_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.client.COME_BACK_S", 0.01)
+    wire.answer(*[answer("503 Service Unavailable")] * 10)
+
+    with pytest.raises(UnreachableError):
+        await anext(client.follow(session_id))
+
+
+@pytest.mark.parametrize("result", [{"a": float("nan")}, {"a": (1, 2)}, "text", None, [1]])
+async def test_a_result_that_could_not_be_kept_as_it_is_is_refused(
+    client: OnboardingClient, session_id: str, result: Any
+) -> None:
+    with pytest.raises(InvalidRequestError):
+        await client.store_result(session_id, result)
+    with pytest.raises(InvalidRequestError):
+        await client.store_result(session_id, b"x", content_type="a\r\nb: c")
 
 
 async def test_an_unreachable_service_is_an_outage_to_who_knows_the_stores(

@@ -50,6 +50,20 @@ async def test_an_upgrade_to_a_websocket_is_not_taken_up(api: AsyncClient) -> No
     assert answer.startswith("HTTP/1.1 200")
 
 
+async def test_a_body_that_breaks_in_the_middle_is_refused_at_once(
+    api: AsyncClient, raw: Redis, session_id: str
+) -> None:
+    head = "Host: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = await exchange(
+        api, f"PUT {BASE}/{session_id}/result HTTP/1.1\r\n{head}5\r\nhello\r\nZZ\r\n"
+    )
+
+    assert answer.count("HTTP/1.1 ") == 1
+    assert answer.startswith("HTTP/1.1 400")
+    assert "application/problem+json" in answer
+    assert [key async for key in raw.scan_iter(f"onboarding:{session_id}:result*")] == []
+
+
 async def test_what_follows_a_write_and_is_no_http_does_not_replace_its_answer(
     api: AsyncClient, session_id: str
 ) -> None:

@@ -15,6 +15,10 @@ from app.errors import DeadlineExceededError, PayloadTooLargeError
 STALL_S = 20.0
 """How long a client may take nothing of an answer before it is cut off, in seconds."""
 
+BIT_BYTES = 32 * 1024
+"""How much is sent at once, in bytes. The server takes 64 KiB before it waits: a client that takes
+5 KB/s is never cut off."""
+
 LONGEST_BODY_S = 3600.0
 """How long a body may take to come in, in seconds: as long as its parts are kept."""
 
@@ -83,7 +87,16 @@ class Outlet:
         """Send a piece. Raises `CutOffError` when the client does not take it."""
         # What is read for the next one has a time of its own.
         _allow(STALL_S)
-        await self._pass({"type": "http.response.body", "body": body, "more_body": more})
+        # A client may be slow, so each bit counts as taken by itself.
+        for start in range(0, len(body), BIT_BYTES) or [0]:
+            end = start + BIT_BYTES
+            await self._pass(
+                {
+                    "type": "http.response.body",
+                    "body": body[start:end],
+                    "more_body": more or end < len(body),
+                }
+            )
 
     async def cut_off(self) -> NoReturn:
         """Close the connection, so that nobody takes what was sent for the whole."""

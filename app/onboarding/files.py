@@ -1,13 +1,16 @@
 """Large bodies of a session: the file that was uploaded, the result that was generated."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from app.clock import rfc3339
+from app.errors import InvalidRequestError
+from app.onboarding.documents import Document
 
 PART_BYTES = 512 * 1024
 """How large the parts are that a body is kept in, in bytes: the store is busy with one for less
@@ -73,6 +76,26 @@ def view_file(session_id: str, info: FileInfo) -> FileView:
         filename=info.filename,
         stored_at=rfc3339(info.stored_ms),
     )
+
+
+def content_of(result: bytes | Mapping[str, Any]) -> tuple[bytes, str]:
+    """Give the bytes of what was generated, and the type of such a body without another one.
+
+    Raises `InvalidRequestError` for what is neither bytes nor a JSON object. Takes 0.2 s for a
+    megabyte of JSON: run it off the event loop.
+    """
+    if isinstance(result, bytes | bytearray | memoryview):
+        return bytes(result), ANY_TYPE
+    if not isinstance(result, Mapping):
+        raise InvalidRequestError("A result is bytes or a JSON object")
+    return Document.of(result).text, "application/json"
+
+
+def check_media_type(content_type: str) -> str:
+    """Return a media type. Raises `InvalidRequestError` for what is none."""
+    if not is_media_type(content_type):
+        raise InvalidRequestError("content_type is a media type, such as application/pdf")
+    return content_type
 
 
 def clean_filename(name: str | None, otherwise: str) -> str:

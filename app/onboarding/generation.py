@@ -167,6 +167,13 @@ def progress_of_stage(stage: str) -> int:
     return STAGES[stage]
 
 
+def whole_percent(progress: float) -> int:
+    """Round a progress in percent down. Raises `InvalidRequestError` for what is no number."""
+    if isinstance(progress, bool) or not math.isfinite(progress):
+        raise InvalidRequestError("progress is a number from 0 to 100")
+    return int(progress)
+
+
 def clean_message(text: str) -> str:
     """Make a message out of any text: one line, no longer than a message may be."""
     line = " ".join("".join(each if each.isprintable() else " " for each in text).split())

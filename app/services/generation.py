@@ -12,15 +12,14 @@ import structlog
 
 from app.clock import now_ms, rfc3339
 from app.errors import InvalidRequestError
-from app.onboarding.documents import Document
 from app.onboarding.events import BEFORE_ALL
 from app.onboarding.files import (
-    ANY_TYPE,
     PART_BYTES,
     FileKind,
     FileView,
+    check_media_type,
     clean_filename,
-    is_media_type,
+    content_of,
 )
 from app.onboarding.generation import (
     LatestProgress,
@@ -204,15 +203,9 @@ class GenerationService:
         Without a type, bytes are `application/octet-stream`. `run` names the run that made it.
         Raises `InvalidRequestError`, `PayloadTooLargeError`, `RunSupersededError`.
         """
-        is_document = not isinstance(result, bytes)
-        if isinstance(result, bytes):
-            content = result
-        else:
-            # A long look takes 0.2 s for a megabyte.
-            content = (await asyncio.to_thread(Document.of, result)).text
-        content_type = content_type or ("application/json" if is_document else ANY_TYPE)
-        if not is_media_type(content_type):
-            raise InvalidRequestError("content_type is a media type, such as application/pdf")
+        is_document = isinstance(result, Mapping)
+        content, own_type = await asyncio.to_thread(content_of, result)
+        content_type = check_media_type(content_type or own_type)
         name = clean_filename(filename, "result.json" if is_document else "result.bin")
         incoming = _Ready(content, content_type, name)
         return await self._files.store_result(

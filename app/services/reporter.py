@@ -18,6 +18,7 @@ from app.onboarding.generation import (
     check_progress_event,
     clean_message,
     progress_of_stage,
+    whole_percent,
 )
 from app.onboarding.sessions import SessionStatus
 
@@ -149,9 +150,7 @@ class ProgressReporter:
         progress: float | None = None,
         message: str | None = None,
     ) -> None:
-        own = progress_of_stage(stage) if progress is None else progress
-        if isinstance(own, float):
-            own = int(own)
+        own = progress_of_stage(stage) if progress is None else whole_percent(progress)
         # What is reported from the middle of a library should not fail there for a line break.
         message = None if message is None else clean_message(message)
         check_progress_event(ProgressEvent(self._session_id, stage, own, message))

@@ -401,6 +401,13 @@ class TestADamagedBody:
         await place.store(session_id, "t2", b"anew")
         assert await read(place, session_id) == b"anew"
 
+    async def test_that_is_no_body_at_all_is_replaced(self, place: Place) -> None:
+        session_id = await prepare(place.manager)
+        key = place.gateway.keys.session(session_id).body(FileKind.RESULT)
+        await place.gateway.command("SET", key, "x", "EX", 1000)
+        await place.store(session_id, "t", b"anew")
+        assert await read(place, session_id) == b"anew"
+
 
 class Sent:
     """A result that comes with an Idempotency-Key, as a call over HTTP brings it."""

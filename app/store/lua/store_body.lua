@@ -26,6 +26,11 @@ if ARGV[7] ~= '' and redis.call('HGET', PROGRESS, 'run') ~= ARGV[7] then
 end
 
 local before = parts_of(KEYS[5])
+local kind = redis.call('TYPE', KEYS[5]).ok
+if kind ~= 'hash' and kind ~= 'none' then
+  -- Whatever stands there is no body.
+  redis.call('DEL', KEYS[5])
+end
 local last = 8 + tonumber(ARGV[8])
 redis.call('HSET', KEYS[5], unpack(ARGV, 9, last))
 redis.call('PEXPIREAT', KEYS[5], deadline)
