@@ -130,13 +130,15 @@ class Taker:
     def __init__(self, jobs: JobService) -> None:
         self._jobs = jobs.jobs()
         self._taking: list[asyncio.Task[Job]] = []
+        self._asked: list[asyncio.Future[Job]] = []
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._taking:
-            await _end(task)
+        # Both: who waits may be gone before what they wait for.
+        for waiting in (*self._taking, *self._asked):
+            await _end(waiting)
         await self._jobs.aclose()
 
     def soon(self) -> asyncio.Task[Job]:
@@ -149,6 +151,7 @@ class Taker:
 
     async def _next(self) -> Job:
         taking = asyncio.ensure_future(anext(self._jobs))
+        self._asked.append(taking)
         try:
             await asyncio.wait([taking], timeout=SOON_S)
             if not taking.done():
