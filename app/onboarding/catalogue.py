@@ -198,8 +198,8 @@ def _faults(validator: jsonschema_rs.Validator, value: object, size: int, at: st
 def _exact_pointers(
     validator: jsonschema_rs.Validator, value: object
 ) -> dict[tuple[str, ...], list[str]]:
-    # The validator gives the path of a fault with "007" read as 7 and "" left out. An evaluation
-    # finds the same faults in the same order and knows the true pointers, but not the mask.
+    # The validator gives the path of a fault with "007" and "+7" read as 7, and "" left out. An
+    # evaluation finds the same faults in the same order and knows the pointers, but not the mask.
     pointers: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for error in validator.evaluate(value).errors():
         pointer = error["instanceLocation"]
@@ -218,5 +218,11 @@ def _keyword(found: jsonschema_rs.ValidationError) -> str:
 def _simplified(path: Iterable[str | int]) -> tuple[str, ...]:
     tokens = (str(token).replace("~1", "/").replace("~0", "~") for token in path)
     return tuple(
-        token.lstrip("0") or "0" if token.isdecimal() else token for token in tokens if token
+        token.removeprefix("+").lstrip("0") or "0" if _LIKE_INDEX.fullmatch(token) else token
+        for token in tokens
+        if token
     )
+
+
+# What the validator takes for a number, with "+7" among it.
+_LIKE_INDEX = re.compile(r"\+?\d+")
