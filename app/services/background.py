@@ -5,10 +5,9 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-log = structlog.get_logger()
+from app.store.client import end_task
 
-CANCEL_AGAIN_S = 0.1
-"""How soon a job that did not end is cancelled again, in seconds."""
+log = structlog.get_logger()
 
 
 class Repeated:
@@ -28,11 +27,8 @@ class Repeated:
     async def aclose(self) -> None:
         """End; a job that is being done is given up."""
         self._closing = True
-        # Once is not enough: a cancellation that meets asyncio.timeout as it is entered is taken
-        # for the timeout's own and lost (seen with redis-py's check of an idle connection).
-        while self._task is not None and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=CANCEL_AGAIN_S)
+        if self._task is not None:
+            await end_task(self._task)
 
     async def _run(self) -> None:
         while not self._closing:

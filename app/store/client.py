@@ -6,6 +6,7 @@ so only the gateway sends one again, which knows what is safe. What stays are a 
 ASK and TRYAGAIN, where the node that answers so has refused the command.
 """
 
+import asyncio
 from copy import copy
 from typing import Any, cast
 
@@ -26,6 +27,9 @@ from redis.cluster import PRIMARY
 from redis.maint_notifications import MaintNotificationsConfig
 
 from app.address import StoreAddress
+
+CANCEL_AGAIN_S = 0.1
+"""How soon a task that did not end is cancelled again, in seconds."""
 
 
 def make_client(
@@ -85,6 +89,17 @@ async def close_client(client: Redis | RedisCluster) -> None:
         await client.nodes_manager.aclose("startup_nodes")
     elif isinstance(client.connection_pool, SentinelConnectionPool):
         await client.connection_pool.sentinel_manager.aclose()
+
+
+async def end_task(task: asyncio.Task[None]) -> None:
+    """End a task that uses a client; what it is doing is given up.
+
+    Once is not enough: a cancellation that meets asyncio.timeout as it is entered is taken for the
+    timeout's own and lost (seen with redis-py's check of an idle connection).
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
 
 
 def _further(address: StoreAddress) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from redis.asyncio import RedisCluster
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.errors import StoreUnavailableError
-from app.store.client import close_client
+from app.store.client import close_client, end_task
 from app.store.faults import judge
 from app.store.gateway import Client
 
@@ -36,9 +36,6 @@ PAUSES_S = (0.05, 0.2, 0.5, 1.0)
 ANCHOR = "onboarding:index:streams"
 """A channel on which nothing is said. It is always listened to: redis-py reads nothing before the
 first channel, and would not notice that a connection without one is lost."""
-
-CANCEL_AGAIN_S = 0.1
-"""How soon the reader is cancelled again when it did not end, in seconds (see `Repeated`)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,9 +97,8 @@ class Subscription:
     async def aclose(self) -> None:
         """Close the connection."""
         self._closing = True
-        while self._reader is not None and not self._reader.done():
-            self._reader.cancel()
-            await asyncio.wait([self._reader], timeout=CANCEL_AGAIN_S)
+        if self._reader is not None:
+            await end_task(self._reader)
 
     async def _send(self, name: str, *, wanted: bool) -> None:
         """Say that a channel is wanted or not, unless that has changed meanwhile."""

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 from httpx2 import AsyncClient, ReadError, RemoteProtocolError
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from app.onboarding.files import PART_BYTES
 from tests.api.helpers import (
@@ -770,11 +771,14 @@ async def test_who_takes_nothing_of_a_result_is_cut_off(
     link.setblocking(False)
     await asyncio.get_running_loop().sock_connect(link, (api.base_url.host, api.base_url.port))
     reader, writer = await asyncio.open_connection(sock=link, limit=1024)
-    writer.write(f"GET {result_path(session_id)} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    with capture_logs() as logs:
+        writer.write(f"GET {result_path(session_id)} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        async with asyncio.timeout(10):
+            while not any(line.get("status") == 499 for line in logs):
+                await asyncio.sleep(0.005)
 
     got = 0
     with suppress(ConnectionError):
-        await asyncio.sleep(0.5)
         async with asyncio.timeout(10):
             while piece := await reader.read(65_536):
                 got += len(piece)
