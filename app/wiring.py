@@ -12,7 +12,7 @@ from app.services.generation import GenerationService
 from app.services.health import HealthMonitor
 from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_manager
 from app.settings import Settings
-from app.store.connect import connect, connect_streams, make_probe, make_subscription
+from app.store.connect import connect, make_probe, make_subscription
 from app.store.gateway import Gateway
 from app.store.subscription import Subscription
 
@@ -30,7 +30,6 @@ class Services:
     health: HealthMonitor
     learning: Repeated
     gateway: Gateway
-    streams: Gateway
     subscription: Subscription
 
     async def start(self) -> None:
@@ -52,7 +51,6 @@ class Services:
         """Close what was opened, last opened first."""
         await self.learning.aclose()
         await self.subscription.aclose()
-        await self.streams.aclose()
         await self.health.aclose()
         await self.files.aclose()
         await self.gateway.aclose()
@@ -68,18 +66,17 @@ class AppState(TypedDict):
 def build_services(settings: Settings) -> Services:
     """Construct the services. Raises `EmbeddedStoreError` when there is no store to attach to."""
     gateway = connect(settings)
-    streams, subscription = connect_streams(settings), make_subscription(settings)
+    subscription = make_subscription(settings)
     manager = make_manager(gateway, settings)
     files = make_file_service(gateway, manager, settings)
     limits = StreamLimits(settings.max_streams, settings.max_streams_per_session)
     return Services(
         manager=manager,
         generation=GenerationService(gateway, files),
-        events=EventService(gateway, streams, subscription, limits),
+        events=EventService(gateway, subscription, limits),
         files=files,
         health=HealthMonitor(make_probe(settings), gateway),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,
-        streams=streams,
         subscription=subscription,
     )

@@ -41,7 +41,8 @@ EVENTS_AT_ONCE = 100
 """Most events that are read for one follower at once: 1 MB at worst, 20 KB as a rule."""
 
 READERS = 8
-"""Most followers that read their logs at once; the others wait their turn, a moment each."""
+"""Most followers that read their logs at once; the others wait their turn, a moment each. So a
+thousand of them leave connections to the requests, whatever the store does."""
 
 LOOK_S = 1.0
 """How long a look at the log may take before a follower goes on without it, in seconds."""
@@ -71,19 +72,8 @@ class EventService:
     Raises `SessionNotFoundError`, and a `StoreError` where the store cannot do its part.
     """
 
-    def __init__(
-        self,
-        gateway: Gateway,
-        streams: Gateway,
-        subscription: Subscription,
-        limits: StreamLimits,
-    ) -> None:
-        """Take the way to the store, and another one for those who follow.
-
-        A thousand of them may read at once, and nobody else has to wait behind them.
-        """
+    def __init__(self, gateway: Gateway, subscription: Subscription, limits: StreamLimits) -> None:
         self._events = EventStore(gateway)
-        self._streamed = EventStore(streams)
         self._keys = gateway.keys
         self._subscription = subscription
         self._limits = limits
@@ -173,7 +163,7 @@ class EventService:
     async def read_after(self, session_id: str, after: EventId) -> tuple[list[EventView], Extent]:
         """Read the next events after an id, for a follower."""
         async with self._reading:
-            return await self._streamed.list_after(session_id, after, EVENTS_AT_ONCE)
+            return await self._events.list_after(session_id, after, EVENTS_AT_ONCE)
 
 
 class Follower:

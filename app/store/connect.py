@@ -26,10 +26,6 @@ BULK_CONNECTIONS = 8
 """Connections for the parts of large bodies: 4 MB on their way at once, and no other call waits
 behind them."""
 
-STREAM_CONNECTIONS = 8
-"""Most connections over which the followers of sessions read their logs, beside the one that tells
-them when. As many may read at once (`services/events.READERS`), so that nobody waits for one."""
-
 SEND_LIMIT = 1.5
 """Longest sending, in time limits of one command: four of them and the waits between, 14.5 s by
 default, stay below the deadline of a request."""
@@ -48,11 +44,6 @@ def connect(settings: Settings) -> Gateway:
 def connect_bulk(settings: Settings) -> Gateway:
     """Make a gateway to the same store for large bodies. Raises what `connect` raises."""
     return _connect(settings, BULK_CONNECTIONS, "onboarding-bulk")
-
-
-def connect_streams(settings: Settings) -> Gateway:
-    """Make a gateway to the same store for those who follow. Raises what `connect` raises."""
-    return _connect(settings, STREAM_CONNECTIONS, "onboarding-events")
 
 
 def make_subscription(settings: Settings) -> Subscription:
