@@ -20,11 +20,16 @@ finalize freezes them into an export; a generator turns the export into a docume
     __main__      the process: store first up, last down
     client        the service over HTTP, for generators elsewhere
     generator     a generator to begin one's own with
+    testing       a manager on a store that is thrown away, for the tests of others
 
 What happens in a session is one log, written by the scripts that change it. A live stream is a
 place in that log: `store/subscription` hears on one connection that a log has grown, and the
 follower (`services/events`) reads on from its place. Nothing is passed on by memory, so nothing can
 be lost, come twice, or pile up for a slow reader.
+
+All sessions are listed, counted and chosen for removal from one index (`store/lua/index.lua`). The
+script that changes a session keeps it true in the same step; on a Cluster it follows within a
+second (`store/index`). The sweeper mends it in both: the index is a hint, the session the truth.
 
 A feature has the same file name in every ring it lives in (`ls app/*/steps.*`); the manager has all
 of them, because callers know one class by that name. The JSON that is kept exactly is a rule of its

@@ -103,7 +103,11 @@ class AbsentError(OnboardingError):
     code = "not_found"
 
 
-class SessionNotFoundError(AbsentError):
+class SessionManagerError(OnboardingError):
+    """The root of what goes wrong with sessions as such: absent, one too many, always changing."""
+
+
+class SessionNotFoundError(SessionManagerError, AbsentError):
     """No such session: never made, expired, or deleted."""
 
     code = "session_not_found"
@@ -155,6 +159,15 @@ class UploadNotFoundError(AbsentError):
 
     def __init__(self) -> None:
         super().__init__("The session has no file; only one that was made by an upload has")
+
+
+class TaskNotFoundError(AbsentError):
+    """No such task: never tracked, removed at its end, or expired."""
+
+    code = "task_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no such task: it was never tracked, has ended, or has expired")
 
 
 # --- The session's state forbids it ---------------------------------------------------------------
@@ -216,9 +229,18 @@ class InvalidTransitionError(StateError):
 
     code = "invalid_transition"
 
-    def __init__(self, current: str, wanted: str) -> None:
-        super().__init__(f"A session that is {current} cannot become {wanted}")
+    def __init__(self, current: str, wanted: str, what: str = "session") -> None:
+        super().__init__(f"A {what} that is {current} cannot become {wanted}")
         self.current = current
+
+
+class TaskExistsError(StateError):
+    """There is a task with this id already."""
+
+    code = "task_exists"
+
+    def __init__(self) -> None:
+        super().__init__("There is a task with this id already; take another task_id, or none")
 
 
 class RunSupersededError(StateError):
@@ -257,13 +279,26 @@ class IdempotencyInProgressError(StateError):
         super().__init__("The first request with this Idempotency-Key is still running; ask again")
 
 
-class SessionConflictError(StateError):
+class SessionConflictError(SessionManagerError, StateError):
     """Others kept changing the session while this change was prepared."""
 
     code = "session_conflict"
 
     def __init__(self) -> None:
         super().__init__("The session kept changing meanwhile; nothing was done, try again")
+
+
+SessionLockError = SessionConflictError
+"""The same, by the name of those who expect a lock; nothing is locked over the network."""
+
+
+class SessionCapacityError(SessionManagerError):
+    """There are as many sessions as there may be."""
+
+    code = "capacity_reached"
+
+    def __init__(self) -> None:
+        super().__init__("There are as many sessions as there may be; try again later")
 
 
 class VersionConflictError(StateError):

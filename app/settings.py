@@ -19,6 +19,16 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.address import StoreAddress, parse_store_url, upstash_address
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.retention import (
+    LONGEST_INTERVAL_S,
+    MOST_SESSIONS,
+    SHORTEST_INTERVAL_S,
+    Capacity,
+    CapacityPolicy,
+    ExpiryRule,
+    parse_expiry_rules,
+)
+from app.onboarding.tasks import TASK_RULES, Rules, TaskRule, parse_task_rules
 
 PREFIX = "ONBOARDING_"
 
@@ -65,6 +75,10 @@ def _steps_file(path: Path) -> Path:
     except OSError as unreadable:
         raise ValueError(f"the file cannot be read ({unreadable.strerror})") from None
     return path
+
+
+def _rules(value: object) -> object:
+    return parse_expiry_rules(value) if isinstance(value, str) else value
 
 
 class SettingsError(ValueError):
@@ -126,6 +140,15 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(10 * 1024 * 1024, ge=1)
     max_result_bytes: int = Field(32 * 1024 * 1024, ge=1)
 
+    # Which tasks are tracked, beside and instead of the packaged types.
+    task_types: Annotated[dict[str, TaskRule], NoDecode, BeforeValidator(parse_task_rules)] = {}
+
+    # How many sessions there may be, and what ends one before its lifetime does.
+    max_sessions: int = Field(0, ge=0, le=MOST_SESSIONS)
+    capacity_policy: CapacityPolicy = "refuse"
+    expiry_rules: Annotated[tuple[ExpiryRule, ...], NoDecode, BeforeValidator(_rules)] = ()
+    cleanup_interval_s: float = Field(3600.0, ge=SHORTEST_INTERVAL_S, le=LONGEST_INTERVAL_S)
+
     # Who may follow a session live.
     max_streams: int = Field(5000, ge=1)
     max_streams_per_session: int = Field(16, ge=1)
@@ -157,6 +180,16 @@ class Settings(BaseSettings):
     def catalogue(self) -> Catalogue:
         """The catalogue that new sessions begin with."""
         return Catalogue.parse(self.steps_file.read_bytes())
+
+    @property
+    def task_rules(self) -> Rules:
+        """What is kept of tasks, by their types: the packaged ones and those of the deployer."""
+        return {**TASK_RULES, **self.task_types}
+
+    @property
+    def capacity(self) -> Capacity:
+        """How many sessions there may be."""
+        return Capacity(self.max_sessions, self.capacity_policy)
 
     @property
     def hash_tag(self) -> bool:

@@ -11,6 +11,9 @@ from app.services.files import FileService, make_file_service
 from app.services.generation import GenerationService
 from app.services.health import HealthMonitor
 from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_manager
+from app.services.retention import RetentionService, make_retention_service
+from app.services.stats import StatsService, make_stats_service
+from app.services.tasks import TaskService
 from app.settings import Settings
 from app.store.connect import connect, make_probe, make_subscription
 from app.store.gateway import Gateway
@@ -27,6 +30,9 @@ class Services:
     generation: GenerationService
     events: EventService
     files: FileService
+    tasks: TaskService
+    retention: RetentionService
+    stats: StatsService
     health: HealthMonitor
     learning: Repeated
     gateway: Gateway
@@ -41,6 +47,7 @@ class Services:
             # It may come later: the process serves, says that it is down, and heals.
             log.warning("store_missed_at_start")
         self.learning.start()
+        await self.retention.start()
 
     def stop_soon(self) -> None:
         """Tell balancers and everybody who follows a session that this process is about to end."""
@@ -49,6 +56,7 @@ class Services:
 
     async def aclose(self) -> None:
         """Close what was opened, last opened first."""
+        await self.retention.aclose()
         await self.learning.aclose()
         await self.subscription.aclose()
         await self.health.aclose()
@@ -69,12 +77,16 @@ def build_services(settings: Settings) -> Services:
     subscription = make_subscription(settings)
     manager = make_manager(gateway, settings)
     files = make_file_service(gateway, manager, settings)
+    tasks = TaskService(gateway, settings.task_rules)
     limits = StreamLimits(settings.max_streams, settings.max_streams_per_session)
     return Services(
         manager=manager,
         generation=GenerationService(gateway, files),
         events=EventService(gateway, subscription, limits),
         files=files,
+        tasks=tasks,
+        retention=make_retention_service(gateway, tasks, settings),
+        stats=make_stats_service(gateway, settings),
         health=HealthMonitor(make_probe(settings), gateway),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,

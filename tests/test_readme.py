@@ -13,7 +13,6 @@ from app.settings import Settings, load_settings, variable_of
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 ENV_EXAMPLE = (ROOT / "deploy" / "env.example").read_text()
-BASE = "/api/v1/onboarding"
 
 
 def section(title: str) -> str:
@@ -36,7 +35,7 @@ async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient) -> N
     answers = output.decode().split("--------\n")[:-1]
 
     assert shell.returncode == 0
-    assert len(answers) == len(lines) == 20
+    assert len(answers) == len(lines) == 30
     assert "urn:onboarding:problem" not in output.decode()
     assert '"version":2' in answers[6]
     assert '"is_draft":true' in answers[7]
@@ -52,15 +51,26 @@ async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient) -> N
     assert "event: result_stored" in answers[17]
     assert answers[18].strip() == '{"summary": "a manifest"}'
     assert '"revision":1' in answers[19]
+    assert '"status":"active"' in answers[21]
+    assert '"status":"completed"' in answers[22]
+    assert '"total_sessions":1' in answers[23]
+    assert '"removed":1' in answers[24]
+    assert '"next_cursor":null' in answers[26]
+    assert '"total_sessions":1' in answers[27]
+    assert '"saved":1' in answers[27]
+    assert '"overall_health":"healthy"' in answers[28]
+    assert '"removed":0' in answers[29]
 
 
 def test_every_operation_stands_in_the_table_of_calls() -> None:
     table = section("Calls")
     documented = set()
-    for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
-        methods = re.findall(r"\b(GET|POST|PUT|PATCH|DELETE)\b", row)
-        path = re.findall(r"(/\S*)`", row)[-1]
-        documented |= {(method, BASE + path) for method in methods}
+    for part in re.split(r"^Base ", table, flags=re.MULTILINE)[1:]:
+        base = part.split("`")[1]
+        for row in re.findall(r"^\| (`.*?`) \|", part, re.MULTILINE):
+            methods = re.findall(r"\b(GET|POST|PUT|PATCH|DELETE)\b", row)
+            path = "".join(re.findall(r"(/\S*)`", row)[-1:])
+            documented |= {(method, base + path) for method in methods}
     beside = table.split("As the question-answer system")[1].split("\n\n**")[0]
     documented |= set(re.findall(r"`(GET|POST) (/\S+)`", beside))
 

@@ -14,6 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.retention import ExpiryRule, Since
+from app.onboarding.sessions import SessionStatus
+from app.onboarding.tasks import TaskRule
 from app.settings import Settings, SettingsError, load_settings, unknown_variables, variable_of
 from tests.servers import HOST
 
@@ -133,6 +136,62 @@ VARIABLES = [
         32 * 1024 * 1024,
         {"1": 1, "1024": 1024},
         ["0", "-1", "1MB", *NOT_AN_INTEGER],
+    ),
+    Variable(
+        "ONBOARDING_TASK_TYPES",
+        "task_types",
+        {},
+        {
+            "{}": {},
+            '{"mine": {}}': {"mine": TaskRule()},
+            '{"a.b-c_1": {"tracked": false}}': {"a.b-c_1": TaskRule(tracked=False)},
+            '{"scraping": {"tracked": true, "kept_until_released": true}}': {
+                "scraping": TaskRule(tracked=True, kept_until_released=True)
+            },
+        },
+        [
+            *("mine", "{", "[]", "null", '"mine"', "1"),
+            *('{"": {}}', '{"a b": {}}', '{"a": true}', '{"a": []}', '{"a": null}'),
+            *('{"a": {"tracked": 1}}', '{"a": {"tracked": "yes"}}', '{"a": {"kept": true}}'),
+        ],
+    ),
+    Variable(
+        "ONBOARDING_MAX_SESSIONS",
+        "max_sessions",
+        0,
+        {"0": 0, "1": 1, "100000": 100_000},
+        ["-1", "1000000001", *NOT_AN_INTEGER],
+    ),
+    Variable(
+        "ONBOARDING_CAPACITY_POLICY",
+        "capacity_policy",
+        "refuse",
+        {"refuse": "refuse", "evict_oldest": "evict_oldest"},
+        ["evict", "REFUSE"],
+    ),
+    Variable(
+        "ONBOARDING_EXPIRY_RULES",
+        "expiry_rules",
+        (),
+        {
+            "[]": (),
+            '[{"older_than_hours": 24}]': (ExpiryRule(older_than_hours=24.0),),
+            '[{"status": "error", "older_than_hours": 0.5, "since": "ended"}]': (
+                ExpiryRule(status=SessionStatus.ERROR, older_than_hours=0.5, since=Since.ENDED),
+            ),
+        },
+        [
+            *("24", "{}", "[", "[1]", '[{"status": "error"}]', '[{"older_than_hours": -1}]'),
+            *('[{"older_than_hours": "1"}]', '[{"older_than_hours": 1, "since": "birth"}]'),
+            *('[{"older_than_hours": 1, "status": "done"}]', '[{"older_than_hours": 1, "x": 1}]'),
+        ],
+    ),
+    Variable(
+        "ONBOARDING_CLEANUP_INTERVAL_S",
+        "cleanup_interval_s",
+        3600.0,
+        {"0.1": 0.1, "60": 60.0},
+        ["0", "-1", *NOT_A_NUMBER],
     ),
     Variable(
         "ONBOARDING_MAX_STREAMS",

@@ -42,6 +42,8 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"main", "server", "settings", "logs", "store", *EVERYONES},
     # Beside it: who talks to it over HTTP, from another process, and who shows how to generate.
     "client": {"services", "onboarding", "errors", "clock"},
+    # For the tests of others, on a store that is thrown away.
+    "testing": {"services", "store", "onboarding", "settings", *EVERYONES},
     "generator": {"services", "store", "onboarding", "settings", "logs", *EVERYONES},
 }
 """Which parts of `app` a part may import."""
@@ -67,6 +69,7 @@ ASYNCHRONOUS = (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)
 FEATURES = {
     *("sessions", "steps", "progress", "catalogue", "exports", "generation", "tasks"),
     *("retention", "stats", "access", "limits", "assistant", "health", "events", "files", "jobs"),
+    "feed",
 }
 """The stems of the features: the same one in every ring."""
 
@@ -74,12 +77,14 @@ INFRASTRUCTURE: dict[str, str] = {
     "onboarding/documents": "JSON that is kept exactly: one rule for HTTP and Python callers",
     "onboarding/idempotency": "what makes two requests the same, whatever they ask for",
     "services/background": "what is done again and again beside the requests",
+    "services/sweeper": "what every feature has cleaned up, by one process at a time",
     "services/reporter": "what a generator reports through, in any process",
     "store/client": "from an address to a client of the Redis library",
     "store/connect": "from the settings to a gateway, the one way in",
     "store/embedded": "the server that runs when no other is configured",
     "store/faults": "the one table of what may be tried again",
     "store/gateway": "the one way to the store, and the one layer that retries",
+    "store/index": "the index of all sessions, kept where their own scripts cannot",
     "store/keys": "the name of every key",
     "store/scripts": "loads the Lua files",
     "store/subscription": "the one connection on which the store says which logs have grown",

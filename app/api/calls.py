@@ -1,5 +1,6 @@
 """A call: one request, checked, as handlers get it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -27,7 +28,7 @@ class Call:
     """One checked request.
 
     `session_id`, `step_id`, `body` (JSON) and `content` (anything, as it comes) are those that the
-    operation has.
+    operation has; `parameters` are all those of the path, checked, by their names.
     """
 
     scope: Scope
@@ -39,6 +40,7 @@ class Call:
     idempotent: IdempotentRequest | None
     body: Document | None
     content: Content | None
+    parameters: Mapping[str, str]
 
     @property
     def headers(self) -> Headers:

@@ -4,7 +4,7 @@ Nothing here asks the store: a request that is refused here has cost it nothing.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
 
@@ -27,11 +27,13 @@ from app.errors import (
     InvalidRequestError,
     InvalidStepDataError,
     SessionNotFoundError,
+    TaskNotFoundError,
 )
 from app.onboarding.catalogue import parse_step_id
 from app.onboarding.documents import Document
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import is_public_id
+from app.onboarding.tasks import check_short_id, is_task_id
 from app.settings import Settings
 from app.wiring import AppState
 
@@ -70,6 +72,19 @@ class Resource:
         await response(scope, receive, send)
 
 
+def _check_task(task_id: str) -> None:
+    # What can be no id answers like an unknown one.
+    if not is_task_id(task_id):
+        raise TaskNotFoundError
+
+
+_CHECKS: Mapping[str, Callable[[str], None]] = {
+    "task_id": _check_task,
+    "short_id": check_short_id,
+}
+"""What is asked of further parameters of a path, by their names."""
+
+
 async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     state = cast("AppState", scope["state"])
     services, settings = state["services"], state["settings"]
@@ -82,6 +97,10 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     if "n" in parameters:
         step_id = parse_step_id(parameters["n"])
         services.manager.check_known_step(step_id)
+
+    for name, value in parameters.items():
+        if name in _CHECKS:
+            _CHECKS[name](value)
 
     headers = Headers(scope=scope)
     if_match = if_none_match = None
@@ -116,7 +135,16 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
             body=raw,
         )
     return Call(
-        scope, services, session_id, step_id, if_match, if_none_match, idempotent, body, content
+        scope,
+        services,
+        session_id,
+        step_id,
+        if_match,
+        if_none_match,
+        idempotent,
+        body,
+        content,
+        parameters,
     )
 
 

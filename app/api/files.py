@@ -196,7 +196,7 @@ OPERATIONS = [
         answers=[
             Answer(status=201, description="The session", schema=UploadedView, headers=["Location"])
         ],
-        errors=["invalid_request", "invalid_header", "session_conflict"],
+        errors=["invalid_request", "invalid_header", "session_conflict", "capacity_reached"],
     ),
     _downloads(
         *("/api/download/{id}", "download", "Fetch what was generated"),

@@ -20,8 +20,10 @@ from app.onboarding.generation import (
 _NO_CONTROL = r"^[^\x00-\x1f\x7f-\x9f]*$"
 _NAME = StringConstraints(min_length=1, max_length=MAX_STAGE_LENGTH, pattern=_NO_CONTROL)
 _MESSAGE = StringConstraints(max_length=MAX_MESSAGE_LENGTH, pattern=_NO_CONTROL)
-# What every tag looks like; whether it is one is asked later (RFC 5646 section 2.1).
+
 _TAG = StringConstraints(pattern=r"^[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*$", max_length=35)
+LanguageTag = Annotated[str, _TAG]
+"""What every tag looks like; whether it is one is asked later (RFC 5646 section 2.1)."""
 
 
 class SetStatus(BaseModel):
@@ -54,7 +56,7 @@ class SetLanguage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    language: Annotated[str, _TAG]
+    language: LanguageTag
 
 
 async def get_status(call: Call) -> Response:

@@ -13,6 +13,7 @@ from app import __version__
 from app.api.operations import Answer, Body, Operation, Schema, Stream
 from app.api.problems import KINDS, MEDIA_TYPE
 from app.errors import Fault
+from app.onboarding.tasks import ID_PATTERN
 
 OPENAPI_PATH = "/openapi.json"
 
@@ -77,6 +78,10 @@ def codes_of(operation: Operation) -> list[str]:
         codes.append("session_not_found")
     if "{n}" in operation.path:
         codes.append("invalid_step_id")
+    if "{task_id}" in operation.path:
+        codes.append("task_not_found")
+    if "{short_id}" in operation.path:
+        codes.append("invalid_request")
     if operation.preconditions:
         codes.append("invalid_header")
     if operation.idempotency_key:
@@ -188,7 +193,8 @@ def _problem_descriptions() -> dict[int, str]:
 _DESCRIPTION = """\
 A session holds the answers of an onboarding wizard. Save steps one by one or several at once, keep
 drafts beside them, finalize to freeze them into an export. A generator reads the export, reports
-its progress and stores its result; whoever follows the session's events sees all of it live.
+its progress and stores its result; whoever follows the session's events sees all of it live. Tasks
+stand beside the sessions: they say what is going on with a short.
 
 Errors are `application/problem+json`. Every answer carries `X-Request-ID`. A write that may have to
 be sent again takes an `Idempotency-Key`; a change that must not overwrite another takes `If-Match`.
@@ -212,6 +218,8 @@ _PARAMETERS: dict[str, Any] = {
         "schema": {"type": "string", "format": "uuid"},
     },
     "n": _parameter("n", "path", "The number of a step of the catalogue", "^[1-9][0-9]{0,2}$"),
+    "task_id": _parameter("task_id", "path", "The task", ID_PATTERN),
+    "short_id": _parameter("short_id", "path", "The short that tasks belong to", ID_PATTERN),
     "If-Match": _parameter("If-Match", "header", "Change only this version of the step", _TAGS),
     "If-None-Match": _parameter(
         "If-None-Match", "header", "Reading: 304 if unchanged. Saving: `*` if not there yet", _TAGS

@@ -48,6 +48,7 @@ KINDS: dict[str, Kind] = {
     "export_not_found": Kind(404, "The session has no export"),
     "result_not_found": Kind(404, "The session has no result"),
     "upload_not_found": Kind(404, "The session has no file"),
+    "task_not_found": Kind(404, "No such task"),
     "method_not_allowed": Kind(405, "The method is not allowed here"),
     "session_finalized": Kind(409, "The session is finalized"),
     "nothing_to_finalize": Kind(409, "There is nothing to finalize"),
@@ -55,6 +56,7 @@ KINDS: dict[str, Kind] = {
     "not_finalized": Kind(409, "The session is not finalized"),
     "invalid_transition": Kind(409, "The status cannot follow the current one"),
     "generation_running": Kind(409, "A generator is working"),
+    "task_exists": Kind(409, "There is such a task already"),
     "idempotency_in_progress": Kind(409, "The first request is still running"),
     "session_conflict": Kind(409, "The session kept changing"),
     "version_conflict": Kind(412, "The precondition does not hold"),
@@ -70,6 +72,7 @@ KINDS: dict[str, Kind] = {
     "store_unavailable": Kind(503, "The store does not answer", retry_after_s=2),
     "store_full": Kind(503, "The store is full", retry_after_s=30),
     "store_readonly": Kind(503, "The store takes no writes", retry_after_s=10),
+    "capacity_reached": Kind(503, "There are too many sessions", retry_after_s=60),
     "overloaded": Kind(503, "Too many requests at once", retry_after_s=1),
     "deadline_exceeded": Kind(504, "The request took too long"),
 }

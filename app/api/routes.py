@@ -14,8 +14,11 @@ from app.api import (
     generation,
     health,
     progress,
+    retention,
     sessions,
+    stats,
     steps,
+    tasks,
 )
 from app.api.calls import Call
 from app.api.dispatch import Resource
@@ -49,6 +52,9 @@ OPERATIONS: list[Operation] = [
     *files.OPERATIONS,
     *catalogue.OPERATIONS,
     *sessions.OPERATIONS,
+    *tasks.OPERATIONS,
+    *stats.OPERATIONS,
+    *retention.OPERATIONS,
     *health.OPERATIONS,
     Operation(
         methods=["GET"],

@@ -83,7 +83,7 @@ OPERATIONS = [
                 headers=["Location", "Idempotent-Replayed"],
             )
         ],
-        errors=["invalid_request"],
+        errors=["invalid_request", "capacity_reached"],
     ),
     Operation(
         methods=["GET"],

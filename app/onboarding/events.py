@@ -17,6 +17,9 @@ EVENT_TYPES = (
 )
 """What can happen. Drafts and the high-water mark make no event."""
 
+FEED_TYPES = (*EVENT_TYPES, "expired", "evicted")
+"""What can happen to any session; in a session's own log its end is only `deleted`."""
+
 MAX_EVENTS = 1000
 """Most events of one answer, in number; the log keeps at least as many."""
 
@@ -41,6 +44,8 @@ class EventView(TypedDict):
     checksum: NotRequired[str]
     content_type: NotRequired[str]
     filename: NotRequired[str]
+    kept: NotRequired[int]
+    lost: NotRequired[int]
 
 
 class EventList(TypedDict):
@@ -130,4 +135,4 @@ def describe_event(event_id: EventId, fields: Mapping[str, str]) -> EventView:
 
 # 19 digits fit into 64 bits, and time in milliseconds takes 13.
 _EVENT_ID = re.compile(r"([0-9]{1,19})(?:-([0-9]{1,19}))?")
-_NUMBERS = frozenset({"step_id", "version", "revision", "progress", "size"})
+_NUMBERS = frozenset({"step_id", "version", "revision", "progress", "size", "kept", "lost"})

@@ -1,7 +1,8 @@
 """The session: who it belongs to, what state it is in, what it looks like from outside."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NotRequired
 
@@ -15,6 +16,10 @@ from app.onboarding.progress import Progress, describe_progress
 
 MAX_OWNER_LENGTH = 128
 """Longest workspace_id and user_id, in characters."""
+
+
+RESERVED_SESSION_IDS = frozenset({"short", "task"})
+"""What no session is called: `onboarding:task:metadata` would be its key and that of a task."""
 
 
 class SessionStatus(StrEnum):
@@ -139,6 +144,18 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionChanges:
+    """What is to change of a session: fields of `Owner` by name (None removes one), the status.
+
+    `error_message` belongs to the status `error`.
+    """
+
+    owner: Mapping[str, str | bytes | None] = field(default_factory=dict)
+    status: SessionStatus | None = None
+    error_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Session:
     """A session read whole, its answers aside.
 
@@ -225,9 +242,20 @@ def is_public_id(session_id: str) -> bool:
 
 
 def check_session_id(session_id: str) -> None:
-    """Raise `InvalidRequestError` unless the id may stand in a key: `[A-Za-z0-9._-]`, not empty."""
+    """Raise `InvalidRequestError` unless the id may stand in a key: `[A-Za-z0-9._-]`, not empty.
+
+    Neither may it be a word with which the names of other keys go on.
+    """
     if not _KEY_SAFE.fullmatch(session_id):
         raise InvalidRequestError("A session_id is made of the characters A-Z a-z 0-9 . _ -")
+    if session_id in RESERVED_SESSION_IDS:
+        words = ", ".join(sorted(RESERVED_SESSION_IDS))
+        raise InvalidRequestError(f"This session_id is reserved, as are all of {words}")
+
+
+def is_session_id(session_id: str) -> bool:
+    """Say whether a session may be called this."""
+    return bool(_KEY_SAFE.fullmatch(session_id)) and session_id not in RESERVED_SESSION_IDS
 
 
 def check_owner(
@@ -252,6 +280,77 @@ def check_language(language: str) -> None:
     faults = _language_faults(language)
     if faults:
         raise InvalidRequestError("Not acceptable: language", faults)
+
+
+def parse_status(status: str) -> SessionStatus:
+    """Read a status. Raises `InvalidRequestError`."""
+    try:
+        return SessionStatus(status)
+    except ValueError:
+        names = ", ".join(SessionStatus)
+        fault = Fault(pointer="/status", code="enum", detail=f"One of {names}")
+        raise InvalidRequestError(f"status is one of {names}", [fault]) from None
+
+
+def parse_changes(updates: Mapping[str, Any]) -> SessionChanges:
+    """Read what is to change of a session from its fields by name.
+
+    Raises `InvalidRequestError` for a field that cannot be changed, or not to this.
+    """
+    unknown = sorted(updates.keys() - set(_CHANGEABLE))
+    if unknown:
+        known = ", ".join(_CHANGEABLE)
+        faults = [
+            Fault(pointer=f"/{name}", code="unknown_field", detail=f"One of {known}")
+            for name in unknown
+        ]
+        raise InvalidRequestError(f"These cannot be changed: {', '.join(unknown)}", faults)
+    if not updates:
+        raise InvalidRequestError(f"Change at least one of {', '.join(_CHANGEABLE)}")
+    texts = {name: value for name, value in updates.items() if name not in _OBJECTS}
+    for name, value in texts.items():
+        if not isinstance(value, str) and (value is not None or name not in _REMOVABLE):
+            fault = Fault(pointer=f"/{name}", code="string_type", detail="A string")
+            raise InvalidRequestError(f"Not acceptable: {name}", [fault])
+    check_owner(
+        texts.get("workspace_id"),
+        texts.get("user_id"),
+        texts.get("language", "en"),
+        workspace_required=False,
+    )
+    status = parse_status(texts["status"]) if "status" in texts else None
+    message = texts.get("error_message") or ""
+    if message and (status is not SessionStatus.ERROR or not is_own_string(message, 2000)):
+        fault = Fault(
+            pointer="/error_message",
+            code="string",
+            detail="1 to 2000 characters without control characters, with the status error",
+        )
+        raise InvalidRequestError("Not acceptable: error_message", [fault])
+    owner: dict[str, str | bytes | None] = {
+        name: texts[name] for name in ("workspace_id", "user_id", "language") if name in texts
+    }
+    if "metadata" in updates:
+        if not isinstance(updates["metadata"], Mapping):
+            fault = Fault(pointer="/metadata", code="dict_type", detail="An object")
+            raise InvalidRequestError("Not acceptable: metadata", [fault])
+        owner["custom"] = Document.of(updates["metadata"]).text
+    return SessionChanges(owner, status, message)
+
+
+def plan_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> SessionChanges | None:
+    """Say what was changed of a session's description; None when nothing was.
+
+    Raises `InvalidRequestError` for a member that cannot be changed.
+    """
+    missing = object()
+    names = before.keys() | after.keys()
+    changed = {
+        name: after.get(name)
+        for name in sorted(names)
+        if before.get(name, missing) != after.get(name, missing)
+    }
+    return parse_changes(changed) if changed else None
 
 
 def is_own_string(text: str, longest: int) -> bool:
@@ -294,6 +393,10 @@ def _time(at_ms: int | None) -> str | None:
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
+
+_CHANGEABLE = ("status", "error_message", "language", "metadata", "user_id", "workspace_id")
+_OBJECTS = frozenset({"metadata"})
+_REMOVABLE = frozenset({"user_id", "workspace_id", "error_message"})
 
 _UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _KEY_SAFE = re.compile(r"[A-Za-z0-9._-]+")

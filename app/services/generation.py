@@ -31,7 +31,12 @@ from app.onboarding.generation import (
     view_status,
 )
 from app.onboarding.idempotency import IdempotentRequest
-from app.onboarding.sessions import SessionStatus, check_language, check_session_id
+from app.onboarding.sessions import (
+    SessionChanges,
+    SessionStatus,
+    check_language,
+    check_session_id,
+)
 from app.services.files import FileService, make_file_service
 from app.services.manager import make_manager
 from app.services.reporter import ProgressReporter
@@ -73,7 +78,8 @@ class GenerationService:
 
     def __init__(self, gateway: Gateway, files: FileService) -> None:
         self._gateway = gateway
-        self._generations = GenerationStore(gateway, SessionStore(gateway))
+        self._sessions = SessionStore(gateway)
+        self._generations = GenerationStore(gateway, self._sessions)
         self._events = EventStore(gateway)
         self._files = files
 
@@ -186,7 +192,8 @@ class GenerationService:
         """Set the language, and return it. Raises `InvalidRequestError`."""
         check_session_id(session_id)
         check_language(language)
-        await self._generations.set_language(session_id, language, at_ms=now_ms(), request=request)
+        changes = SessionChanges({"language": language})
+        await self._sessions.update(session_id, changes, at_ms=now_ms(), request=request)
         return language
 
     async def store_result(

@@ -109,8 +109,11 @@ class JobService:
         # If that fails, the job comes once more, and is found to be done.
         with suppress(StoreError):
             is_ours = await self._jobs.finish(self._worker, job)
-            event = "job_finished" if is_ours else "job_lost"
-            log.info(event, session_id=job.session_id, revision=job.revision)
+            log.info(
+                "job_finished" if is_ours else "job_finished_elsewhere",
+                session_id=job.session_id,
+                revision=job.revision,
+            )
 
     async def aclose(self) -> None:
         """Leave the queue, and close the connections of this event loop."""

@@ -33,11 +33,13 @@ from app.onboarding.exports import Export, FinalizeAnswer, build_export
 from app.onboarding.files import FileInfo
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.progress import Progress
+from app.onboarding.retention import Capacity
 from app.onboarding.sessions import (
     DeletedSession,
     Owner,
     ProgressView,
     Session,
+    SessionChanges,
     SessionView,
     SummaryView,
     check_owner,
@@ -64,7 +66,7 @@ from app.store.exports import ExportStore
 from app.store.gateway import Gateway
 from app.store.health import Probe
 from app.store.jobs import JobStore
-from app.store.sessions import SessionStore
+from app.store.sessions import Created, SessionStore
 from app.store.steps import (
     Draft,
     OtherCatalogueError,
@@ -93,6 +95,7 @@ class Rules(NamedTuple):
     draft_lifetime_ms: int
     finalize_requires: Literal["none", "required", "all"]
     max_step_bytes: int
+    capacity: Capacity
 
 
 class OnboardingSessionManager:
@@ -151,11 +154,7 @@ class OnboardingSessionManager:
         created = None
         await self._catalogues.keep_current()
         while created is None:
-            created = await self._sessions.create(
-                str(uuid.uuid4()), owner, self.catalogue, at_ms=now_ms(), request=request
-            )
-        if request is None or not request.replayed:
-            log.info("session_created", session_id=created.session_id)
+            created = await self._create(str(uuid.uuid4()), owner, request=request)
         return view_session(created.session_id, owner, created.state)
 
     async def begin_session_with(self, session_id: str, owner: Owner, *, upload: FileInfo) -> None:
@@ -165,10 +164,7 @@ class OnboardingSessionManager:
         """
         check_session_id(session_id)
         await self._catalogues.keep_current()
-        await self._sessions.create(
-            session_id, owner, self.catalogue, at_ms=now_ms(), upload=upload
-        )
-        log.info("session_created", session_id=session_id, size=upload.size)
+        await self._create(session_id, owner, upload=upload)
 
     async def get_session(self, session_id: str) -> SessionView:
         """Describe a session."""
@@ -195,16 +191,12 @@ class OnboardingSessionManager:
             fields["custom"] = custom
         for _ in range(TRIES):
             try:
-                await self._sessions.set_metadata(session_id, fields, at_ms=now_ms())
+                await self._sessions.update(session_id, SessionChanges(fields), at_ms=now_ms())
             except SessionNotFoundError:
                 await self._catalogues.keep_current()
                 owner = Owner(workspace_id, user_id, "en", custom)
-                made = await self._sessions.create(
-                    session_id, owner, self.catalogue, at_ms=now_ms()
-                )
-                if made is None:
+                if await self._create(session_id, owner) is None:
                     continue
-                log.info("session_created", session_id=session_id)
             return session_id
         raise SessionConflictError
 
@@ -592,6 +584,30 @@ class OnboardingSessionManager:
 
     # --- How it is done ---------------------------------------------------------------------------
 
+    async def _create(
+        self,
+        session_id: str,
+        owner: Owner,
+        *,
+        request: IdempotentRequest | None = None,
+        upload: FileInfo | None = None,
+    ) -> Created | None:
+        """Make a session where there is room; None when there is one with this id."""
+        created = await self._sessions.create(
+            session_id,
+            owner,
+            self.catalogue,
+            at_ms=now_ms(),
+            request=request,
+            upload=upload,
+            capacity=self._rules.capacity,
+        )
+        if created is not None and not (request and request.replayed):
+            log.info("session_created", session_id=created.session_id)
+            for evicted in created.evicted:
+                log.warning("session_evicted", session_id=evicted, made_room_for=session_id)
+        return created
+
     async def _check_step(self, session_id: str, step_id: int) -> None:
         """Raise `InvalidStepIdError` unless the session's catalogue has the step.
 
@@ -709,15 +725,20 @@ class OnboardingSessionManager:
             raise StepsMissingError(missing)
 
 
-def make_manager(gateway: Gateway, settings: Settings) -> OnboardingSessionManager:
-    """Make a manager over a gateway, by the settings."""
-    rules = Rules(
+def make_rules(settings: Settings) -> Rules:
+    """Take the rules from the settings."""
+    return Rules(
         draft_lifetime_ms=settings.draft_ttl_s * 1000,
         finalize_requires=settings.finalize_requires,
         max_step_bytes=settings.max_step_bytes,
+        capacity=settings.capacity,
     )
+
+
+def make_manager(gateway: Gateway, settings: Settings) -> OnboardingSessionManager:
+    """Make a manager over a gateway, by the settings."""
     return OnboardingSessionManager(
-        gateway, partial(make_probe, settings), settings.catalogue, rules
+        gateway, partial(make_probe, settings), settings.catalogue, make_rules(settings)
     )
 
 

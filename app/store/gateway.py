@@ -35,6 +35,7 @@ from app.errors import (
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.client import close_client
 from app.store.faults import Remedy, corrupt, judge
+from app.store.index import IndexFollower
 from app.store.keys import Keys, SessionKeys
 from app.store.scripts import Script, load_script
 
@@ -95,6 +96,7 @@ class Gateway:
         self._policy = policy
         self._clients: dict[asyncio.AbstractEventLoop, Client] = {}
         self._failures: deque[float] = deque(maxlen=10_000)
+        self._follower = IndexFollower(self) if keys.hash_tag else None
 
     async def command(self, *parts: Argument) -> Any:
         """Send a command that only reads or may be repeated. Raises a `StoreError`."""
@@ -144,6 +146,8 @@ class Gateway:
             return self._run(script, all_keys, [operation, attempt, *head, *args])
 
         reply = _reply(await self._deliver(name, all_keys, send))
+        if self._follower is not None:
+            self._follower.note(session.session_id)
         return reply if request is None else unwrap_replay(reply, request)
 
     async def recall(self, session: SessionKeys, request: IdempotentRequest) -> Reply | None:
@@ -178,6 +182,8 @@ class Gateway:
 
     async def aclose(self) -> None:
         """Close the connections of this event loop's client."""
+        if self._follower is not None:
+            await self._follower.aclose()
         client = self._clients.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await close_client(client)

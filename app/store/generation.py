@@ -120,25 +120,6 @@ class GenerationStore:
             return (await self._sessions.get(session_id)).owner.language
         return read_language(key, language)
 
-    async def set_language(
-        self,
-        session_id: str,
-        language: str,
-        *,
-        at_ms: int,
-        request: IdempotentRequest | None = None,
-    ) -> None:
-        """Set the language."""
-        reply = await self._gateway.change(
-            "set_language",
-            self._keys.session(session_id),
-            args=[language],
-            at_ms=at_ms,
-            request=request,
-        )
-        if reply.word == "not_found":
-            raise SessionNotFoundError
-
 
 def read_generation(key: str, values: Sequence[bytes | None]) -> Generation:
     """Read a generation from the fields of `progress`, which is `key`.

@@ -15,6 +15,11 @@ class SessionKeys(NamedTuple):
     prefix: str
 
     @property
+    def session_id(self) -> str:
+        """The session's id."""
+        return self.prefix.split(":")[1].strip("{}")
+
+    @property
     def export(self) -> str:
         """The export of the latest revision."""
         return f"{self.prefix}export"
@@ -40,6 +45,16 @@ class SessionKeys(NamedTuple):
         return f"{self.prefix}idem:{scope}"
 
 
+class ListKeys(NamedTuple):
+    """The keys of a list of tasks. Scripts take them in this order."""
+
+    entries: str
+    """Sorted set: the entries by their names, which begin with when the task was made."""
+
+    ends: str
+    """Sorted set: the same entries by when their tasks expire, in Unix milliseconds."""
+
+
 class Keys:
     """Names keys, with or without a hash tag around the session id."""
 
@@ -55,6 +70,11 @@ class Keys:
     def __init__(self, *, hash_tag: bool) -> None:
         self.hash_tag = hash_tag
         self._prefix = "onboarding:{%s}:" if hash_tag else "onboarding:%s:"
+        self._index = f"onboarding:index:{'{sessions}' if hash_tag else 'sessions'}:"
+
+    def index(self, part: str) -> str:
+        """A part of the index of all sessions; `lua/index.lua` tells what each one holds."""
+        return self._index + part
 
     def session(self, session_id: str) -> SessionKeys:
         """Name the keys of a session; the id is known to be safe in a key."""
@@ -62,6 +82,25 @@ class Keys:
         return SessionKeys(
             f"{prefix}metadata", f"{prefix}progress", f"{prefix}events", f"{prefix}ops", prefix
         )
+
+    task_prefix = "onboarding:task:"
+    """How the key of every task begins."""
+
+    def task(self, task_id: str) -> str:
+        """A task; its id is known to be safe in a key."""
+        return self.task_prefix + task_id
+
+    def short(self, short_id: str) -> ListKeys:
+        """The tasks of a short; its id is known to be safe in a key."""
+        name = "onboarding:short:" + (f"{{{short_id}}}" if self.hash_tag else short_id)
+        return ListKeys(name, f"{name}:ends")
+
+    def tasks(self, user_id: str | None = None) -> ListKeys:
+        """The tasks of a user, or all of them."""
+        index = f"onboarding:index:{'{tasks}' if self.hash_tag else 'tasks'}:"
+        if user_id is None:
+            return ListKeys(f"{index}all", f"{index}all-ends")
+        return ListKeys(f"{index}of:{user_id}", f"{index}of-ends:{user_id}")
 
     def creation(self, scope: str) -> str:
         """The answer to an Idempotency-Key that came with the making of a session."""

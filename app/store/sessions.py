@@ -11,17 +11,22 @@ from app.errors import (
     CorruptRecordError,
     GenerationRunningError,
     InvalidStepIdError,
+    InvalidTransitionError,
     NotFinalizedError,
+    SessionCapacityError,
     SessionNotFoundError,
 )
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.files import FileInfo, FileKind
+from app.onboarding.generation import MAY_FOLLOW
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.progress import Progress, describe_progress
-from app.onboarding.sessions import Owner, Session, SessionStatus, State
+from app.onboarding.retention import NO_LIMIT, Capacity, DeleteReason, Since, Terms
+from app.onboarding.sessions import Owner, Session, SessionChanges, SessionStatus, State
 from app.store.faults import corrupt
 from app.store.files import body_keys, write_info
 from app.store.gateway import Gateway, Reply, unwrap_replay
+from app.store.index import SessionIndex
 from app.store.keys import SessionKeys
 
 IDEMPOTENCY_MS = 86_400_000
@@ -29,10 +34,30 @@ IDEMPOTENCY_MS = 86_400_000
 
 
 class Created(NamedTuple):
-    """A session that was made, or found made before by the same Idempotency-Key."""
+    """A session that was made, or found made before by the same Idempotency-Key.
+
+    `evicted` names the sessions that were removed to make room for it.
+    """
 
     session_id: str
     state: State
+    evicted: list[str]
+
+
+class Updated(NamedTuple):
+    """A session that was changed, as the store showed it then."""
+
+    session_id: str
+    keys: SessionKeys
+    shown: Sequence[Any]
+
+    def read(self) -> Session:
+        """Read it. Raises `CorruptRecordError` where something else of it is damaged."""
+        return _session(self.session_id, self.keys, *(_pairs(part) for part in self.shown))
+
+
+class SessionChangedError(Exception):
+    """The session is not as it was when the change was prepared."""
 
 
 class SessionStore:
@@ -41,6 +66,7 @@ class SessionStore:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._keys = gateway.keys
+        self._index = SessionIndex(gateway)
 
     async def create(
         self,
@@ -51,18 +77,26 @@ class SessionStore:
         at_ms: int,
         request: IdempotentRequest | None = None,
         upload: FileInfo | None = None,
+        capacity: Capacity = NO_LIMIT,
     ) -> Created | None:
         """Make a session; None when there is one with this id.
 
         `upload` is the file that it begins with, whose parts are kept already; such a session is
-        made without an Idempotency-Key. Raises `BodyLostError` when a part of it is gone.
+        made without an Idempotency-Key. Raises `BodyLostError` when a part of it is gone, and
+        `SessionCapacityError` when there is no room for it.
 
-        One round trip; three when there is an Idempotency-Key and keys have hash tags, because its
-        record and the session lie in different slots then.
+        One round trip. Where keys have hash tags the index, the session, and what an
+        Idempotency-Key keeps lie in different slots, and room is reserved first.
         """
         record = None if request is None else self._keys.creation(request.scope)
-        if record is None or request is None or not self._keys.hash_tag:
-            return await self._create(session_id, owner, catalogue, at_ms, request, record, upload)
+        if not self._keys.hash_tag:
+            return await self._create(
+                session_id, owner, catalogue, at_ms, request, record, upload, capacity
+            )
+        if record is None or request is None:
+            return await self._create_with_room(
+                session_id, owner, catalogue, at_ms, None, upload, capacity
+            )
         # A request that never comes back must not hold the key for long, one that runs must.
         claim_ms = 2 * self._gateway.deadline_ms
         claim = await self._gateway.evaluate(
@@ -71,13 +105,38 @@ class SessionStore:
         reply = unwrap_replay(claim, request)
         if request.replayed:
             return _created(reply)
-        created = await self._create(session_id, owner, catalogue, at_ms, None, record)
+        try:
+            created = await self._create_with_room(
+                session_id, owner, catalogue, at_ms, record, None, capacity
+            )
+        except SessionCapacityError:
+            # There may be room when it is asked for again.
+            await self._gateway.command("DEL", record)
+            raise
         if created is not None:
             answer = ["ok", session_id, str(at_ms), str(created.state.deadline_ms), catalogue.total]
             kept_ms = min(IDEMPOTENCY_MS, self._gateway.lifetime_ms)
             text = request.fingerprint.encode() + orjson.dumps([str(part) for part in answer])
             await self._gateway.command("SET", record, text, "PX", kept_ms)
         return created
+
+    async def _create_with_room(
+        self,
+        session_id: str,
+        owner: Owner,
+        catalogue: Catalogue,
+        at_ms: int,
+        record: str | None,
+        upload: FileInfo | None,
+        capacity: Capacity,
+    ) -> Created | None:
+        evicted = await self._index.reserve(session_id, capacity, pin=catalogue.pin, at_ms=at_ms)
+        for victim in evicted:
+            await self.evict(victim, at_ms=at_ms)
+        created = await self._create(
+            session_id, owner, catalogue, at_ms, None, record, upload, capacity
+        )
+        return None if created is None else created._replace(evicted=evicted)
 
     async def _create(
         self,
@@ -87,7 +146,8 @@ class SessionStore:
         at_ms: int,
         request: IdempotentRequest | None,
         record: str | None,
-        upload: FileInfo | None = None,
+        upload: FileInfo | None,
+        capacity: Capacity,
     ) -> Created | None:
         fields: dict[str, str | bytes] = {"language": owner.language, "custom": owner.custom}
         if owner.workspace_id is not None:
@@ -102,13 +162,19 @@ class SessionStore:
             "create_session",
             keys,
             [] if upload is None else body_keys(keys, FileKind.UPLOAD, upload),
-            [session_id, catalogue.pin, catalogue.total, len(about), *about, *_flat(fields)],
+            [
+                *(session_id, catalogue.pin, catalogue.total, capacity.limit, capacity.policy),
+                *(len(about), *about, *_flat(fields)),
+            ],
             at_ms=at_ms,
             request=request,
             record=record,
         )
-        if reply.word == "part_lost":
-            raise BodyLostError
+        match reply.word:
+            case "part_lost":
+                raise BodyLostError
+            case "capacity_reached":
+                raise SessionCapacityError
         return None if reply.word == "exists" else _created(reply)
 
     async def get(self, session_id: str) -> Session:
@@ -152,20 +218,45 @@ class SessionStore:
         """Read which catalogue a session began with. One round trip."""
         return (await self.get(session_id)).pin
 
-    async def set_metadata(
-        self, session_id: str, fields: Mapping[str, str | bytes | None], *, at_ms: int
-    ) -> None:
-        """Change fields of `Owner` by their names; None removes one."""
-        present = {name: value for name, value in fields.items() if value is not None}
-        absent = [name for name, value in fields.items() if value is None]
+    async def update(
+        self,
+        session_id: str,
+        changes: SessionChanges,
+        *,
+        at_ms: int,
+        expected: int | None = None,
+        request: IdempotentRequest | None = None,
+    ) -> Updated:
+        """Change several things at once, all or none.
+
+        `expected` is the count of changes that the session must have: `SessionChangedError` when
+        it has not. Raises `InvalidTransitionError`.
+        """
+        present = {name: value for name, value in changes.owner.items() if value is not None}
+        absent = [name for name, value in changes.owner.items() if value is None]
+        status, after = "", ""
+        if changes.status is not None:
+            may_follow = MAY_FOLLOW.get(changes.status, ())
+            status, after = changes.status.value, f"|{'|'.join(may_follow)}|"
+        keys = self._keys.session(session_id)
         reply = await self._gateway.change(
-            "set_metadata",
-            self._keys.session(session_id),
-            args=[len(present), *_flat(present), *absent],
+            "update_session",
+            keys,
+            args=[
+                *("" if expected is None else expected, status, after, changes.error_message),
+                *(2 * len(present), *_flat(present), *absent),
+            ],
             at_ms=at_ms,
+            request=request,
         )
-        if reply.word == "not_found":
-            raise SessionNotFoundError
+        match reply.word:
+            case "not_found":
+                raise SessionNotFoundError
+            case "changed":
+                raise SessionChangedError
+            case "invalid_transition":
+                raise InvalidTransitionError(reply.values[0].decode(), status)
+        return Updated(session_id, keys, reply.values)
 
     async def raise_progress(self, session_id: str, step_id: int, *, at_ms: int) -> Progress:
         """Raise the high-water mark. Raises `InvalidStepIdError` beyond the session's steps."""
@@ -194,8 +285,19 @@ class SessionStore:
         session = _session(session_id, keys, *(_pairs(part) for part in reply.values))
         return session.owner, session.state
 
-    async def delete(self, session_id: str, steps: int, *, at_ms: int) -> None:
-        """Remove every key of a session, of at least `steps` steps."""
+    async def delete(
+        self,
+        session_id: str,
+        steps: int,
+        *,
+        at_ms: int,
+        reason: DeleteReason = DeleteReason.REQUEST,
+        terms: Terms | None = None,
+    ) -> bool:
+        """Remove every key of a session, of at least `steps` steps; say whether it was done.
+
+        It is left alone when it does not, or no longer, meet the `terms`.
+        """
         keys = self._keys.session(session_id)
         record = None
         if self._keys.hash_tag:
@@ -203,11 +305,25 @@ class SessionStore:
             # repeat of the delete would find nothing that still tells.
             with suppress(CorruptRecordError):
                 record = await self._gateway.command("HGET", keys.metadata, "record")
-        reply = await self._gateway.remove("delete_session", keys[:4], [steps, at_ms])
-        if record is not None:
-            await self._gateway.command("DEL", record)
+        only = ["", "", "", ""] if terms is None else _arguments(terms)
+        reply = await self._gateway.remove(
+            "delete_session", keys[:4], [steps, at_ms, reason.event, reason, *only]
+        )
+        if reply.word == "spared":
+            return False
+        if self._keys.hash_tag:
+            if record is not None:
+                await self._gateway.command("DEL", record)
+            await self._index.remove(session_id, reason, at_ms=at_ms)
         if reply.word == "not_found":
             raise SessionNotFoundError
+        return True
+
+    async def evict(self, session_id: str, *, at_ms: int) -> None:
+        """Remove a session that has lost its room in the index already."""
+        with suppress(SessionNotFoundError):
+            await self.delete(session_id, 0, at_ms=at_ms, reason=DeleteReason.CAPACITY)
+        await self._index.acquit(session_id)
 
 
 def progress_of(reply: Reply) -> Progress:
@@ -288,7 +404,22 @@ def _created(reply: Reply) -> Created:
         finalized_ms=None,
         revision=0,
     )
-    return Created(session_id.decode(), state)
+    return Created(session_id.decode(), state, [each.decode() for each in reply.values[4:]])
+
+
+def _arguments(terms: Terms) -> list[str | int]:
+    """Write terms as `delete_session` takes them."""
+    statuses = f"|{'|'.join(terms.statuses)}|" if terms.statuses else ""
+    field = "" if terms.since is None else _MOMENTS[terms.since]
+    return [statuses, field, terms.before_ms, "1" if terms.spares_held else ""]
+
+
+_MOMENTS = {
+    Since.CREATED: "created_at",
+    Since.ENDED: "ended_at",
+    Since.ACTIVITY: "updated_at",
+}
+"""The fields of `progress` that tell from when an age is counted."""
 
 
 def _flat(fields: Mapping[str, str | bytes]) -> list[str | bytes]:

@@ -20,6 +20,12 @@ STEP = SESSION + "/steps/{n}"
 
 STREAM = SESSION + "/events/stream"
 
+TASKS = "/api/v1/sessions"
+ADMIN = "/api/v1/admin"
+RECOVER = f"{ADMIN}/sessions/{{id}}/recover"
+TASK = TASKS + "/task/{task_id}"
+SHORT = TASKS + "/{short_id}"
+
 STORE = {"store_unavailable", "overloaded", "store_full", "store_readonly", "deadline_exceeded"}
 BODY = {"malformed_json", "payload_too_large", "unsupported_media_type"}
 FILE = {"payload_too_large", "unsupported_media_type", "invalid_header"}
@@ -71,6 +77,21 @@ CONTRACT: dict[tuple[str, str], set[str]] = {
     ("POST", "/api/upload"): STORE | FILE | {"invalid_request", "session_conflict"},
     ("GET", "/api/status/{id}"): PATH | {"corrupt_record"},
     ("GET", "/api/download/{id}"): PATH | {"result_not_found", "invalid_header", "corrupt_record"},
+    ("POST", f"{TASKS}/task"): STORE | BODY | {"invalid_request", "task_exists"},
+    ("GET", TASK): {"task_not_found", "corrupt_record"},
+    ("PATCH", TASK): STORE | BODY | {"task_not_found", "invalid_request", "invalid_transition"},
+    ("DELETE", TASK): STORE | {"task_not_found"},
+    ("GET", TASKS): {"invalid_request", "store_unavailable"},
+    ("GET", SHORT): {"invalid_request", "store_unavailable"},
+    ("POST", f"{SHORT}/scenario-saved"): STORE | {"invalid_request"},
+    ("GET", f"{ADMIN}/sessions"): {"invalid_request", "store_unavailable"},
+    ("GET", f"{ADMIN}/stats"): {"store_unavailable"},
+    ("GET", f"{ADMIN}/health"): {"store_unavailable"},
+    ("POST", f"{ADMIN}/cleanup"): STORE | BODY | {"invalid_request"},
+    ("POST", f"{ADMIN}/sessions/bulk"): STORE | BODY | {"invalid_request"},
+    ("POST", RECOVER): STORE | PATH | {"session_conflict"},
+    ("GET", f"{ADMIN}/config"): {"store_unavailable"},
+    ("PATCH", f"{ADMIN}/config"): STORE | BODY | {"invalid_request"},
     **{("GET", path): set() for path in (f"{BASE}/steps", "/livez", "/health", "/healthz")},
     **{("GET", path): set() for path in ("/readyz", "/openapi.json", "/docs")},
 }
@@ -211,6 +232,8 @@ def test_a_download_is_described_as_an_attachment_of_any_type(path: str) -> None
         ("Content-Disposition", "attachment; filename*=UTF-8''%c3%a9.pdf"),
         ("n", "23"),
         ("id", "7b4f3c1e-9d2a-4b6c-8e1f-0a2b3c4d5e6f"),
+        ("task_id", "A.b_c-9"),
+        ("short_id", "s" * 128),
     ],
 )
 def test_what_the_contract_takes_as_a_parameter_the_document_allows(name: str, value: str) -> None:
@@ -276,6 +299,29 @@ def test_the_body_that_makes_a_session_is_described_as_it_is_checked(
     body: Any, allowed: bool
 ) -> None:
     content = operations()[("POST", f"{BASE}/session")]["requestBody"]["content"]
+    assert validator_of(content["application/json"]["schema"]).is_valid(body) == allowed
+
+
+@pytest.mark.parametrize(
+    ("body", "allowed"),
+    [
+        ({"task_type": "scraping"}, True),
+        ({"task_type": "of_the_deployer", "short_id": "s", "more": 1}, True),
+        ({"task_type": "a", "short_id": None, "user_id": "ä", "task_id": "t"}, True),
+        ({"task_type": "a", "session_id": "of-python"}, True),
+        ({}, False),
+        ({"task_type": 1}, False),
+        ({"task_type": "a", "short_id": "a b"}, False),
+        ({"task_type": "a", "task_id": ""}, False),
+        ({"task_type": "a", "task_id": "t" * 129}, False),
+        ({"task_type": "a", "user_id": ""}, False),
+    ],
+    ids=str,
+)
+def test_the_body_that_begins_a_task_is_described_as_it_is_checked(
+    body: Any, allowed: bool
+) -> None:
+    content = operations()[("POST", f"{TASKS}/task")]["requestBody"]["content"]
     assert validator_of(content["application/json"]["schema"]).is_valid(body) == allowed
 
 
@@ -364,6 +410,7 @@ class Walker:
     ) -> Any:
         """Send a request to a path of the document, check the answer, and return its JSON."""
         target = path.replace("{id}", self.session_id).replace("{n}", str(step))
+        target = target.replace("{task_id}", "t1").replace("{short_id}", "s1")
         response = await self._api.request(method, target, **request)
         assert response.status_code == status, response.text
         content = self._check(operations()[(method, path)], response)
@@ -472,6 +519,50 @@ async def walk_through_a_generation(walk: Walker) -> None:
     assert '"status":"error"' in text
 
 
+async def walk_through_tasks(walk: Walker) -> None:
+    """Walk through the life of a task."""
+    task = {"task_type": "scenario_generation", "short_id": "s1", "task_id": "t1", "user_id": "u"}
+    await walk("POST", f"{TASKS}/task", 201, json=task)
+    await walk("POST", f"{TASKS}/task", 409, json=task)
+    await walk("POST", f"{TASKS}/task", 200, json={"task_type": "scraping"})
+    await walk("POST", f"{TASKS}/task", 422, json={"task_type": "no_type"})
+    await walk("GET", TASK, 200)
+    await walk("PATCH", TASK, 200, json={"status": "completed"})
+    await walk("PATCH", TASK, 409, json={"status": "failed"})
+    await walk("PATCH", TASK, 422, json={"status": "done"})
+    await walk("PATCH", TASK, 400, content=b"{", headers=JSON)
+    await walk("GET", TASKS, 200, params={"limit": "1", "user_id": "u"})
+    await walk("GET", TASKS, 422, params={"cursor": "x"})
+    await walk("GET", SHORT, 200, params={"status": "completed"})
+    await walk("GET", SHORT, 422, params={"status": "done"})
+    await walk("POST", f"{SHORT}/scenario-saved", 200)
+    await walk("GET", TASK, 404)
+    await walk("POST", f"{TASKS}/task", 201, json=task)
+    await walk("DELETE", TASK, 200)
+    await walk("DELETE", TASK, 404)
+
+
+async def walk_as_an_operator(walk: Walker) -> None:
+    """Walk through what operators do, with a session that is there."""
+    await walk("GET", f"{ADMIN}/sessions", 200, params={"workspace_id": "w1", "limit": "1"})
+    await walk("GET", f"{ADMIN}/sessions", 422, params={"cursor": "x"})
+    await walk("GET", f"{ADMIN}/stats", 200)
+    await walk("GET", f"{ADMIN}/health", 200)
+    change = {"session_ids": [walk.session_id, "another"], "set": {"language": "pt-BR"}}
+    done = await walk("POST", f"{ADMIN}/sessions/bulk", 200, json=change)
+    assert done["updated"] == len(done["failed"]) == 1
+    await walk("POST", f"{ADMIN}/sessions/bulk", 422, json={**change, "set": {}})
+    await walk("POST", f"{ADMIN}/sessions/bulk", 400, content=b"{", headers=JSON)
+    await walk("POST", RECOVER, 200)
+    await walk("GET", f"{ADMIN}/config", 200)
+    await walk("PATCH", f"{ADMIN}/config", 200, json={"max_sessions": 9, "cleanup_interval_s": 60})
+    await walk("PATCH", f"{ADMIN}/config", 200, json={"max_sessions": None})
+    await walk("PATCH", f"{ADMIN}/config", 422, json={"max_sessions": -1})
+    await walk("POST", f"{ADMIN}/cleanup", 422, json={"dry_run": True})
+    await walk("POST", f"{ADMIN}/cleanup", 415, content=b"a", headers={"content-type": "a/b"})
+    await walk("POST", f"{ADMIN}/cleanup", 200, json={"status": "error", "dry_run": True})
+
+
 async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: AsyncClient) -> None:
     walk = Walker(api)
     await walk("GET", f"{BASE}/steps", 200)
@@ -551,8 +642,10 @@ async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: Async
     await walk("GET", "/api/download/{id}", 404)
     await walk("PUT", f"{SESSION}/result", 201, content=b"result")
     assert await walk("GET", "/api/download/{id}", 200) == b"result"
+    await walk_as_an_operator(walk)
     await walk("DELETE", SESSION, 200)
 
+    await walk_through_tasks(walk)
     for probe in ("/livez", "/health", "/healthz", "/readyz"):
         await walk("GET", probe, 200)
 

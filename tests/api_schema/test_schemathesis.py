@@ -32,6 +32,7 @@ from schemathesis.generation.hypothesis.builder import (
 from schemathesis.generation.meta import TestPhase
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
+from app.onboarding.tasks import MAX_ID_LENGTH
 from app.settings import Settings, load_settings
 from tests.api_schema.walk import described, validator_of
 from tests.servers import Valkey
@@ -47,6 +48,9 @@ SCHEMA = schemathesis.openapi.from_dict(
 )
 ENDLESS = "GET /api/v1/onboarding/{id}/events/stream"
 """An answer to it has no end that could be waited for; the walk looks at how it begins."""
+
+TASKS = "/api/v1/sessions"
+TASK_TYPES = ["scenario_generation", "image_analysis", "scraping"]
 
 OPERATIONS = {
     each.ok().label: each.ok()
@@ -111,8 +115,19 @@ class Service:
             self._send("POST", f"/{session_id}/finalize", None)
         return session_id
 
+    def begin_task(self, name: str) -> str:
+        """Begin a task, of which some have ended, and give its id."""
+        task = {"task_type": TASK_TYPES[0], "short_id": "s1"}
+        task_id = str(self._request("POST", f"{TASKS}/task", task)["task_id"])
+        if name > "m":
+            self._request("PATCH", f"{TASKS}/task/{task_id}", {"status": "completed"})
+        return task_id
+
     def _send(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        response = self.client.request(method, f"{self.url}{BASE}{path}", json=body)
+        return self._request(method, BASE + path, body)
+
+    def _request(self, method: str, path: str, body: Any) -> dict[str, Any]:
+        response = self.client.request(method, f"{self.url}{path}", json=body)
         assert response.ok, response.text
         answer: dict[str, Any] = response.json()
         return answer
@@ -138,6 +153,14 @@ def settle(case: Case[Any], service: Service) -> None:
         chosen = UUID(case.path_parameters["id"]).int if is_drawn(case) else 0
         step = int(number) if is_valid("n", number) else 1
         case.path_parameters["id"] = service.begin(STATES[chosen % len(STATES)], min(step, 23))
+    task_id = str(case.path_parameters.get("task_id", ""))
+    if is_valid("task_id", task_id):
+        case.path_parameters["task_id"] = service.begin_task(task_id)
+    body = case.body if isinstance(case.body, dict) else {}
+    task_type = body.get("task_type")
+    if isinstance(task_type, str) and 1 <= len(task_type) <= MAX_ID_LENGTH:
+        # No schema names the types, since a deployer adds to them.
+        body["task_type"] = TASK_TYPES[len(task_type) % len(TASK_TYPES)]
 
 
 def is_drawn(case: Case[Any]) -> bool:

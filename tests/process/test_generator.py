@@ -264,7 +264,10 @@ async def test_generators_that_thaw_after_another_has_completed_undo_nothing(
 
 def is_done_with_its_session(generator: GeneratorProcess) -> bool:
     """Say whether a generator has come to an end with its session, one way or another."""
-    return bool({"job_lost", "job_finished", "generation_failed", "job_left"} & {*generator.events})
+    return bool(
+        {"job_lost", "job_finished", "job_finished_elsewhere", "generation_failed", "job_left"}
+        & {*generator.events}
+    )
 
 
 async def test_a_generator_that_thaws_and_fails_does_not_spoil_the_work_of_who_has_its_job(

@@ -47,7 +47,9 @@ SESSION = "s"
 EXPORT = '{"version":"2.0","checksum":"sha256:' + "0" * 64 + '"}'
 
 OPERATIONS = [
-    Operation("create_session", args=[SESSION, PIN, 3, 0, "language", "en", "custom", "{}"]),
+    Operation(
+        "create_session", args=[SESSION, PIN, 3, 0, "refuse", 0, "language", "en", "custom", "{}"]
+    ),
     Operation(
         "save_steps",
         ["step:1", "draft:1", "step:2", "draft:2"],
@@ -57,8 +59,8 @@ OPERATIONS = [
     Operation("delete_draft", ["draft:3"], [3]),
     Operation("delete_step", ["step:2"], [2, ""]),
     Operation("raise_progress", args=[3]),
-    Operation("set_metadata", args=[1, "user_id", "u", "workspace_id"]),
-    Operation("set_language", args=["de"]),
+    Operation("update_session", args=["", "", "", "", 2, "user_id", "u", "workspace_id"]),
+    Operation("record_recovery", args=[3, 0]),
     Operation("add_event", args=["a stage", 10, "a message", "id-1", ""]),
     Operation(
         "store_body", ["result"], ["result_stored", "", 4, "transfer", "t", "parts", 0, "size", 0]
@@ -108,7 +110,8 @@ def test_these_are_all_scripts_that_remember_their_operations() -> None:
     scripts = files("app.store").joinpath("lua").iterdir()
     names = {file.name.removesuffix(".lua") for file in scripts}
     opening = load_script("session").text
-    remembering = {name for name in names - {"session"} if opening in load_script(name).text}
+    callable_ = names - {"session", "status"}
+    remembering = {name for name in callable_ if opening in load_script(name).text}
     assert {operation.script for operation in OPERATIONS} == remembering
 
 
@@ -301,7 +304,7 @@ class TestADeleteSentAgain:
             proxy.drop_replies(1, to="EVALSHA")
             await place.manager.delete_session(view["session_id"])
             found = await place.gateway.command("KEYS", "onboarding:*")
-            assert found == [b"onboarding:index:catalogues"]
+            assert [key for key in found if not key.startswith(b"onboarding:index:")] == []
 
     async def test_by_somebody_else_is_not_found(self, manager: Manager) -> None:
         session_id = await prepare(manager)

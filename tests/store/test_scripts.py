@@ -83,7 +83,7 @@ class TestEveryScriptOpensWithItsContract:
         answers = re.findall(r"^ {0,4}return (.*)$", SOURCES[name], re.MULTILINE)
         assert answers
         for answer in answers:
-            assert re.search(r"\{'[a-z_]+'|^answer\(|^current ~= ''", answer), answer
+            assert re.search(r"\{'[a-z_]+'|^answer\(|^reply$|^current ~= ''", answer), answer
 
 
 def files_of(name: str) -> list[str]:
@@ -101,8 +101,10 @@ def test_an_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_thei
 
 
 def test_an_opening_may_ask_for_another_one() -> None:
-    assert sorted(OPENINGS) == ["parts", "session"]
-    assert files_of("save_steps") == ["parts", "session", "save_steps"]
+    assert sorted(OPENINGS) == ["erase", "index", "parts", "session", "status", "tasks"]
+    assert files_of("set_status") == [
+        *("parts", "index", "erase", "session", "status", "set_status")
+    ]
     assert files_of("read_body") == ["parts", "read_body"]
     assert files_of("read_draft") == ["read_draft"]
 
@@ -153,7 +155,7 @@ class Session:
         return word
 
     def create(self, *, pin: str = PIN) -> list[Argument]:
-        return [self.id, pin, 3, 0, "language", "en", "custom", "{}"]
+        return [self.id, pin, 3, *ROOM, 0, "language", "en", "custom", "{}"]
 
     def save(
         self, *, pin: str = PIN, match: str = "", version: str = "", draft: str = ""
@@ -170,7 +172,100 @@ BODY = ["result", "result:t:1"]
 STORE: list[Argument] = ["result_stored", "", 4, "transfer", "t", "parts", 1, "size", 1]
 PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "run", "status", "percent"]
 REPORT: list[Argument] = ["stage", 10, "message", "id-1", ""]
-DELETE: list[Argument] = [1, 3, AT_MS]
+UPDATE: list[Argument] = ["", "", "", "", 2, "user_id", "u"]
+ROOM: list[Argument] = [0, "refuse"]
+DELETE: list[Argument] = [1, 3, AT_MS, "deleted", "request", "", "", 0, ""]
+
+
+async def drive_tasks(session: Session) -> None:
+    """Let a task come and go: every script about tasks, every word."""
+    keys, entry, life_ms = session.gateway.keys, "0001767268800000:t", 600_000
+    task, short, everything = keys.task("t"), keys.short("s"), keys.tasks()
+    whole = [task, *short, *everything]
+    create: list[Argument] = ["op", life_ms, entry, 1, "status", "active"]
+    change: list[Argument] = [1, "op", life_ms, entry, 1, "completed", "|active|", AT_MS]
+    remove: list[Argument] = [1, "op", entry, "|active|"]
+    assert await session.call("change_task", whole, change) == "not_found"
+    assert await session.call("change_task", whole, [2, *change[1:]]) == "ok"
+    assert await session.call("remove_task", whole, remove) == "not_found"
+    assert await session.call("remove_task", whole, [2, *remove[1:]]) == "ok"
+    assert await session.call("create_task", whole, create) == "ok"
+    assert await session.call("create_task", whole, create) == "ok"
+    assert await session.call("create_task", whole, ["another", *create[1:]]) == "exists"
+    assert await session.call("enlist_task", short, [life_ms, entry, 1]) == "ok"
+    fields: list[Argument] = ["onboarding:task:", "status"]
+    assert await session.call("list_tasks", short, ["", 10, *fields]) == "ok"
+    old: list[Argument] = [life_ms, 0, 10, *fields]
+    assert await session.call("list_old_tasks", everything[1:], old) == "ok"
+    assert await session.call("change_task", whole, change) == "ok"
+    assert await session.call("change_task", whole, change) == "invalid_transition"
+    assert await session.call("remove_task", whole, remove) == "invalid_transition"
+    await session.gateway.command("HDEL", task, "status")
+    assert await session.call("change_task", whole, change) == "damaged"
+    assert await session.call("remove_task", whole, remove) == "damaged"
+    await session.gateway.command("HSET", task, "status", "active")
+    assert await session.call("remove_task", whole, remove) == "ok"
+    assert await session.call("delist_tasks", everything, [entry]) == "ok"
+    assert await session.gateway.command("EXISTS", *whole) == 0
+
+
+async def drive_index(session: Session) -> None:
+    """Let the index be asked and changed from beside it: every script of it, every word."""
+    keys, entries = session.gateway.keys, [session.gateway.keys.index("entries")]
+    of_session = list(session.keys[:3])
+    reserve: list[Argument] = ["s", AT_MS, 600_000, 1, "refuse", PIN]
+    assert await session.call("reserve_session", entries, reserve) == "ok"
+    assert await session.call("reserve_session", entries, reserve) == "ok"
+    assert await session.call("reserve_session", entries, ["s2", *reserve[1:]]) == (
+        "capacity_reached"
+    )
+    assert await session.call("read_facts", of_session, ["-"]) == "not_found"
+    facts: list[Argument] = [AT_MS, "pending:held", "", "100", 3, "w", "u", AT_MS, AT_MS, PIN]
+    place: list[Argument] = ["s", "-", "1-1", *facts, 3, AT_MS, "", "", 4, "type", "x", "at", 1]
+    assert await session.call("place_session", entries, place) == "ok"
+    assert await session.call("place_session", entries, place) == "superseded"
+    due: list[Argument] = ["created", "pending:held", AT_MS, 0, 10]
+    assert await session.call("list_due", entries, due) == "ok"
+    page: list[Argument] = ["", 10, 10, "", "", "", "workspace:w"]
+    assert await session.call("page_sessions", entries, page) == "ok"
+    assert await session.call("count_sessions", entries, [0, PIN, AT_MS]) == "ok"
+    assert await session.call("count_capacity", entries, [0, AT_MS, 10, 1000]) == "ok"
+    unplace: list[Argument] = ["s", "expired", "lifetime", AT_MS]
+    assert await session.call("unplace_session", entries, [*unplace, AT_MS - 1]) == "spared"
+    assert await session.call("unplace_session", entries, [*unplace, AT_MS]) == "ok"
+    assert await session.call("unplace_session", entries, [*unplace, AT_MS]) == "absent"
+    assert await session.call("reclaim_sessions", entries, [10]) == "ok"
+    assert await session.call("repair_index", entries, ["0", 10]) == "ok"
+    assert await session.call("claim_sweep", entries, ["me", 9_000, 9_000, ""]) == "ok"
+    assert await session.call("claim_sweep", entries, ["me", 9_000, 9_000, ""]) == "ok"
+    assert await session.call("claim_sweep", entries, ["you", 9_000, 9_000, "1"]) == "taken"
+    assert await session.call("finish_sweep", entries, ["you", 0, 0]) == "lost"
+    assert await session.call("finish_sweep", entries, ["me", 0, 0]) == "ok"
+    assert await session.call("claim_sweep", entries, ["you", 9_000, 9_000, ""]) == "not_due"
+    assert await session.call("read_remains", of_session[:2], [3]) == "ok"
+    await session.gateway.command("HSET", session.keys.progress, "changes", 5)
+    assert await session.call("read_facts", of_session, ["-"]) == "damaged"
+    mend: list[Argument] = ["op", 600_000, AT_MS, 5, 1, "step:1", 2, "saved", "000", "custom", "{}"]
+    hashes = list(session.keys[:4])
+    assert await session.call("mend_session", hashes, [*mend[:3], 4, *mend[4:]]) == "changed"
+    assert await session.call("mend_session", hashes, mend) == "ok"
+    assert await session.call("mend_session", hashes, mend) == "ok"
+    assert await session.call("delete_session", hashes, [*DELETE[:-1], "1"]) == "spared"
+    assert await session.call("delete_session", hashes, DELETE) == "ok"
+    await session.gateway.command("DEL", *await session.gateway.command("KEYS", keys.index("*")))
+
+
+async def drive_room(session: Session) -> None:
+    """Make a session where there is room for none but one of its name."""
+    index = session.gateway.keys.index
+    await session.gateway.command("ZADD", index("deadlines"), "inf", "another")
+    full = [*session.create()[:3], 1, "refuse", *session.create()[5:]]
+    assert await session.change("create_session", args=full) == "capacity_reached"
+    assert await session.call("read_facts", list(session.keys[:3]), ["-"]) == "not_found"
+    assert await session.change("create_session", args=session.create()) == "ok"
+    assert await session.call("read_facts", list(session.keys[:3]), ["-"]) == "ok"
+    assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "ok"
+    await session.gateway.command("DEL", *await session.gateway.command("KEYS", index("*")))
 
 
 async def test_every_script_answers_every_word_of_its_contract_and_no_other(
@@ -187,12 +282,12 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
         ("delete_draft", ["draft:1"], [1]),
         ("delete_step", ["step:1"], [1, ""]),
         ("raise_progress", [], mark),
-        ("set_metadata", [], [1, "user_id", "u"]),
+        ("update_session", [], UPDATE),
+        ("record_recovery", [], [1, 0]),
         ("finalize_session", ["export"], session.finalize("1")),
         ("reopen_session", [], []),
         ("set_status", [], PROCESS),
         ("add_event", [], REPORT),
-        ("set_language", [], ["de"]),
         ("store_body", BODY, STORE),
     ]
     for name, keys, args in calls:
@@ -208,10 +303,12 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.call("read_body", body, []) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), [2, *DELETE[1:]]) == "ok"
-    with_file = [*session.create()[:3], 2, "parts", 1, *session.create()[4:]]
+    with_file = [*session.create()[:5], 2, "parts", 1, *session.create()[6:]]
     lost = await session.change("create_session", ["upload", "upload:t:1"], with_file)
     assert lost == "part_lost"
     assert await gateway.command("KEYS", "*") == []
+    await drive_index(session)
+    await drive_room(session)
 
     # It is made and changed.
     assert await session.change("create_session", args=session.create()) == "ok"
@@ -240,7 +337,12 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.change("delete_step", ["step:1"], [1, "|2|"]) == "conflict"
     assert await session.change("raise_progress", args=[4]) == "out_of_range"
     assert await session.change("raise_progress", args=[3]) == "ok"
-    assert await session.change("set_metadata", args=[1, "user_id", "u", "workspace_id"]) == "ok"
+    assert await session.change("update_session", args=["0", *UPDATE[1:]]) == "changed"
+    assert await session.change("update_session", args=["", "complete", "|error|", "", 0]) == (
+        "invalid_transition"
+    )
+    assert await session.change("update_session", args=[*UPDATE, "workspace_id"]) == "ok"
+    assert await session.change("record_recovery", args=[1, 0]) == "ok"
     assert await session.change("save_draft", ["draft:2"], [PIN, 2, *DRAFT[2:]]) == "ok"
     assert await session.change("reopen_session") == "not_finalized"
     assert await session.change("finalize_session", ["export"], session.finalize("0")) == "changed"
@@ -269,7 +371,6 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.change("add_event", args=REPORT) == "repeated"
     assert await session.change("add_event", args=["x", 1, "", "", "another run"]) == "superseded"
     assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "ok"
-    assert await session.change("set_language", args=["de"]) == "ok"
 
     # Its result comes, first without its only part; a generator is given the work.
     assert await session.call("read_body", body, []) == "body_not_found"
@@ -318,6 +419,8 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     )
     await gateway.command("SET", claim, claimed[0] + '["ok","a"]', "KEEPTTL")
     assert await session.call("claim_key", [claim], [claimed[0], "b", 9_000]) == "replayed"
+
+    await drive_tasks(session)
 
     # It goes, first by half.
     await gateway.command("RENAME", metadata, f"{metadata}-away")

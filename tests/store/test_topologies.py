@@ -13,12 +13,15 @@ from app.errors import (
     IdempotencyMismatchError,
     SessionFinalizedError,
     SessionNotFoundError,
+    TaskExistsError,
 )
 from app.onboarding.events import BEFORE_ALL
 from app.onboarding.exports import compute_checksum
 from app.onboarding.files import FileKind
 from app.onboarding.generation import ProgressEvent
 from app.onboarding.sessions import Owner
+from app.onboarding.tasks import TASK_RULES
+from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
 from app.store.connect import make_subscription
 from app.store.jobs import JobStore
@@ -247,6 +250,34 @@ async def test_the_generators_share_the_finalized_sessions(topology: Topology) -
     assert sorted(taken) == sorted(finalized)
 
 
+async def test_tasks_and_the_lists_that_they_stand_in(topology: Topology) -> None:
+    tasks = TaskService(topology.gateway, TASK_RULES)
+    made = [
+        await tasks.create_task("scenario_generation", f"s{n % 2}", user_id="u1", task_id=f"t{n}")
+        for n in range(6)
+    ]
+    with pytest.raises(TaskExistsError):
+        await tasks.create_session("image_analysis", short_id="s1", task_id="t1")
+    await tasks.create_task("image_analysis", "s1", task_id="t6")
+    everything = await tasks.list_sessions()
+    assert (len(everything["sessions"]), everything["total_sessions"]) == (7, 7)
+    assert (await tasks.list_sessions(user_id="u1"))["total_sessions"] == 6
+    ended = await tasks.complete_task("t1")
+    assert ended == await tasks.get_session("t1")
+    assert {t["task_id"] for t in await tasks.get_sessions_by_short_id("s1")} == {
+        *("t1", "t3", "t5", "t6")
+    }
+    assert await tasks.complete_task("t6") is not None
+    assert await tasks.get_session("t6") is None
+    assert topology.immortal() <= set(topology.gateway.keys.tasks())
+    assert await tasks.release_scenarios("s1") == 3
+    assert await tasks.cleanup_old_sessions() == 0
+    for task_id in made:
+        assert await tasks.remove_session(task_id) == (task_id in {"t0", "t2", "t4"})
+    assert topology.list_keys() == set()
+    assert (await tasks.list_sessions())["total_sessions"] == 0
+
+
 class TestCreateWithAnIdempotencyKey:
     async def test_again_is_answered_with_the_same_session(self, topology: Topology) -> None:
         first = await topology.manager.begin_session(OWNER, request=keyed())
@@ -256,7 +287,7 @@ class TestCreateWithAnIdempotencyKey:
         with pytest.raises(IdempotencyMismatchError):
             await topology.manager.begin_session(OWNER, request=keyed(body=b"another"))
         assert len([key for key in topology.list_keys() if key.endswith(":metadata")]) == 1
-        assert topology.immortal() <= {"onboarding:index:catalogues"}
+        assert all(key.startswith("onboarding:index:") for key in topology.immortal())
 
     async def test_by_20_at_once_makes_one_session(self, topology: Topology) -> None:
         async def begin() -> str | None:

@@ -1,12 +1,16 @@
 -- include session.lua
--- Make a session that is not there yet, with the file that it begins with, if there is one.
+-- Make a session that is not there yet, with the file that it begins with, if there is one, and
+-- where there is room, which may have to be made.
 --
 -- KEYS  with a file: 5 the upload, from 6 its parts, which are there already
--- ARGV  6 session id, 7 catalogue pin, 8 number of steps, 9 number of values about the file (0 =
---       none), then field and value of each, then field and value of the metadata
+-- ARGV  6 session id, 7 catalogue pin, 8 number of steps, 9 most sessions there may be unless
+--       operators have said otherwise (0 = any number; asked only without hash tags),
+--       10 'refuse' or 'evict_oldest', 11 number of values about the file (0 = none), then field and
+--       value of each, then field and value of the metadata
 --
--- Returns {'ok', session id, created_at in Unix ms, deadline in Unix ms, number of steps},
---         {'exists'}, {'part_lost'} when the file is not whole any more
+-- Returns {'ok', session id, created_at in Unix ms, deadline in Unix ms, number of steps, evicted
+--          session, ...}, {'exists'}, {'part_lost'} when the file is not whole any more,
+--         {'capacity_reached', evicted session, ...} when there are too many for one call to make room
 --
 -- Safe to send twice: see session.lua.
 
@@ -14,21 +18,39 @@ if state.status then
   return {'exists'}
 end
 
-local file_values = tonumber(ARGV[9])
+local file_values = tonumber(ARGV[11])
 if file_values > 0 then
   for i = 6, #KEYS do
     if redis.call('EXISTS', KEYS[i]) == 0 then
       return {'part_lost'}
     end
   end
-  redis.call('HSET', KEYS[5], unpack(ARGV, 10, 9 + file_values))
+end
+
+local evicted = {}
+local limit = not IS_TAGGED and room_limit(tonumber(ARGV[9])) or 0
+if limit > 0 then
+  reclaim(now_ms, 100)
+  while count_live(now_ms) >= limit do
+    local victim = ARGV[10] == 'evict_oldest' and #evicted < 100 and oldest_session()
+    if not victim then
+      return {'capacity_reached', unpack(evicted)}
+    end
+    erase('onboarding:' .. victim .. ':', 0, at_ms, 'evicted', 'capacity')
+    evicted[#evicted + 1] = victim
+  end
+end
+
+if file_values > 0 then
+  redis.call('HSET', KEYS[5], unpack(ARGV, 12, 11 + file_values))
   for i = 6, #KEYS do
     redis.call('HSET', OPS, 'part:' .. KEYS[i], 'kept')
   end
 end
-redis.call('HSET', METADATA, 'created_at', at_ms, unpack(ARGV, 10 + file_values))
-state.saved = string.rep('0', tonumber(ARGV[8]))
+redis.call('HSET', METADATA, 'created_at', at_ms, unpack(ARGV, 12 + file_values))
+state.status, state.saved, state.created_at = 'pending', string.rep('0', tonumber(ARGV[8])), at_ms
+state.catalogue, state.ever = ARGV[7], state.saved
 change('status', 'pending', 'saved', state.saved, 'highest', '0', 'created_at', at_ms,
-  'finalized_at', '', 'revision', '0', 'catalogue', ARGV[7])
+  'finalized_at', '', 'revision', '0', 'catalogue', ARGV[7], 'ever', state.ever)
 record('session_created')
-return answer({'ok', ARGV[6], at_ms, deadline, ARGV[8]})
+return answer({'ok', ARGV[6], at_ms, deadline, ARGV[8], unpack(evicted)})

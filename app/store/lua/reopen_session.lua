@@ -19,7 +19,8 @@ if state.status == 'processing' then
   return {'generation_running'}
 end
 
-change('finalized_at', '', 'status', 'pending', 'percent', '0', 'stage', '', 'message', '',
+state.status, state.ended_at = 'pending', ''
+change('finalized_at', '', 'status', 'pending', 'ended_at', '', 'percent', '0', 'stage', '', 'message', '',
   'error_message', '', 'reported_at', at_ms, 'run_at', '', 'run_percent', '0', 'run', '')
 record('reopened', 'revision', state.revision)
 if moved then

@@ -60,6 +60,8 @@ end
 
 local reply = {'ok', '', '', state.created_at, at_ms}
 local fields, marks, highest = {}, {}, tonumber(state.highest)
+state.ever = state.ever or string.rep('0', #state.saved)
+local ever_before = state.ever
 for i, name in ipairs(names) do
   local number, answers = ARGV[10 + 2 * i], ARGV[11 + 2 * i]
   local version = whole(tonumber(versions[i] or 0) + 1)
@@ -73,6 +75,14 @@ for i, name in ipairs(names) do
 end
 for number in pairs(marks) do
   state.saved = string.sub(state.saved, 1, number - 1) .. '1' .. string.sub(state.saved, number + 1)
+  state.ever = string.sub(state.ever, 1, number - 1) .. '1' .. string.sub(state.ever, number + 1)
+end
+if state.ever ~= ever_before or state.held == '0' then
+  state.held = '1'
+  local at = #fields
+  fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] =
+    'ever', state.ever, 'held', state.held
+  place_anew()
 end
 state.highest = whole(highest)
 change('saved', state.saved, 'highest', state.highest, unpack(fields))

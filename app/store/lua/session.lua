@@ -1,8 +1,8 @@
--- include parts.lua
+-- include erase.lua
 -- The opening of every script that changes a session: put before those whose first line asks for it.
 --
 -- It reads the clock and the session's state, recognises what was sent before, and gives the script
--- its verbs: `change`, `record`, `answer`.
+-- its verbs: `change`, `record`, `place_anew`, `answer`.
 --
 -- KEYS  1 metadata, 2 progress, 3 events, 4 ops, from 5 the script's own;
 --       the record of the Idempotency-Key comes last, when there is one
@@ -20,6 +20,7 @@
 -- derived from the name of `progress`: they share its prefix and, under a hash tag, its slot.
 
 local METADATA, PROGRESS, EVENTS, OPS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local SESSION = string.match(PROGRESS, '^onboarding:(.*):progress$')
 local operation, lifetime_ms, at_ms, fingerprint = ARGV[1], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 
 local MEMORY_MS = 120000
@@ -29,8 +30,7 @@ local EVENTS_KEPT = 1000
 -- the write that crosses into the next step touches the keys of every other step.
 local DEADLINE_STEPS = 168
 
-local time = redis.call('TIME')
-local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local now_ms = store_time_ms()
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -61,11 +61,14 @@ if idempotency then
 end
 
 local found = redis.call('HMGET', PROGRESS, 'status', 'saved', 'highest', 'created_at',
-  'updated_at', 'deadline', 'finalized_at', 'revision', 'changes', 'catalogue')
+  'updated_at', 'deadline', 'finalized_at', 'revision', 'changes', 'catalogue', 'held', 'ever',
+  'ended_at')
+-- `held` is '0' when every answer is in an export, `ever` marks the steps that were ever saved,
+-- `ended_at` is when the generation ended, '' before that.
 local state = {
   status = found[1], saved = found[2], highest = found[3], created_at = found[4],
   updated_at = found[5], finalized_at = found[7], revision = found[8], changes = found[9],
-  catalogue = found[10],
+  catalogue = found[10], held = found[11], ever = found[12], ended_at = found[13] or '',
 }
 
 -- A session that is there without all of its state is damage, which must not pass for absence.
@@ -93,17 +96,50 @@ local moved = wanted_ms > deadline_ms or events == 0 or not memory[3]
 deadline_ms = math.max(deadline_ms, wanted_ms)
 local deadline = whole(deadline_ms)
 
-local function change(...)
-  state.updated_at = at_ms
-  redis.call('HSET', PROGRESS, 'updated_at', at_ms,
-    'changes', whole(tonumber(state.changes or 0) + 1), ...)
-end
+local changed, recorded, placed = false, false, true
 
-local recorded = false
+-- A script that changes the status, the saved steps, or what says whether they are in an export,
+-- says so in `state` too: by these the session has its place in the index.
+local function change(...)
+  changed = true
+  state.updated_at = at_ms
+  state.changes = whole(tonumber(state.changes or 0) + 1)
+  redis.call('HSET', PROGRESS, 'updated_at', at_ms, 'changes', state.changes, ...)
+end
 
 local function record(kind, ...)
   recorded = true
+  if not IS_TAGGED then
+    feed(kind, SESSION, 'at', at_ms, ...)
+  end
   return redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'type', kind, 'at', at_ms, ...)
+end
+
+-- Say that the session belongs elsewhere in the index, although it has the same class.
+local function place_anew()
+  placed = false
+end
+
+-- Keep the session's place in the index, where that lies beside it. Nearly every write finds the
+-- session in the set of its class; one that does not has changed the class, or heals the index.
+local function keep_place()
+  local is_held = state.held ~= '0' and string.find(state.saved, '1', 1, true)
+  local class = state.status .. (is_held and ':held' or ':free')
+  if redis.call('ZADD', INDEX .. 'activity:' .. class, at_ms, SESSION) == 0 and placed then
+    if moved then
+      redis.call('ZADD', DEADLINES, deadline, SESSION)
+    end
+    return
+  end
+  local owner = redis.pcall('HMGET', METADATA, 'workspace_id', 'user_id')
+  place(SESSION, {
+    created = state.created_at, class = class, ended = state.ended_at, ever = state.ever or '',
+    changes = state.changes or '0', fed = '-', workspace = owner[1] or '', user = owner[2] or '',
+    activity = at_ms, deadline = deadline, catalogue = state.catalogue,
+    saved_at = function(step)
+      return redis.call('HGET', PROGRESS, 's' .. step)
+    end,
+  })
 end
 
 -- Forget operations of older turns, records that have had their time, parts of bodies that were
@@ -175,8 +211,15 @@ local function answer(reply, kept)
   if memory[3] ~= whole(turn) then
     forget_older_turns()
   end
+  if not changed then
+    -- A write all the same, of which nobody sees anything but that somebody is there.
+    redis.call('HSET', PROGRESS, 'active_at', at_ms)
+  end
   if moved then
     move_deadline()
+  end
+  if not IS_TAGGED then
+    keep_place()
   end
   if recorded then
     -- Tells who follows the session to look at its log. A write must not fail because the store

@@ -1,0 +1,93 @@
+"""Sessions listed and counted over HTTP, for operators."""
+
+from starlette.responses import Response
+
+from app.api.calls import Call
+from app.api.operations import Answer, Operation
+from app.errors import Fault, InvalidRequestError
+from app.onboarding.sessions import MAX_OWNER_LENGTH, SessionStatus, is_own_string
+from app.onboarding.stats import MAX_PAGE, CapacityHealth, SessionPage, StatsView
+
+
+async def list_sessions(call: Call) -> Response:
+    """List sessions, a page at a time."""
+    query = call.query
+    for name in ("workspace_id", "user_id"):
+        if name in query and not is_own_string(query[name], MAX_OWNER_LENGTH):
+            detail = f"1 to {MAX_OWNER_LENGTH} characters, none of them a control character"
+            fault = Fault(pointer=f"/{name}", code="string", detail=detail)
+            raise InvalidRequestError(f"Not acceptable: {name}", [fault])
+    page = await call.services.stats.list_sessions(
+        status=query.get("status"),
+        workspace_id=query.get("workspace_id"),
+        user_id=query.get("user_id"),
+        cursor=query.get("cursor"),
+        limit=_limit(query.get("limit", "50")),
+    )
+    return call.answer(page)
+
+
+async def get_stats(call: Call) -> Response:
+    """Count everything."""
+    return call.answer(await call.services.stats.get_performance_stats())
+
+
+async def get_capacity_health(call: Call) -> Response:
+    """Judge how full it is."""
+    return call.answer(await call.services.stats.get_health_status())
+
+
+def _limit(text: str) -> int:
+    if text.isdecimal() and text.isascii() and 1 <= len(text) <= len(str(MAX_PAGE)):
+        return int(text)
+    fault = Fault(pointer="/limit", code="integer", detail=f"1 to {MAX_PAGE}")
+    raise InvalidRequestError(f"limit is 1 to {MAX_PAGE}", [fault])
+
+
+_ADMIN = "/api/v1/admin"
+
+OPERATIONS = [
+    Operation(
+        methods=["GET"],
+        path=_ADMIN + "/sessions",
+        handler=list_sessions,
+        name="list_sessions",
+        summary="List sessions, newest first",
+        tag="Operators",
+        query=[
+            (
+                "status",
+                {"type": "string", "enum": [status.value for status in SessionStatus]},
+                "Only those of this status",
+            ),
+            ("workspace_id", {"type": "string"}, "Only those of this workspace"),
+            ("user_id", {"type": "string"}, "Only those of this user"),
+            ("cursor", {"type": "string"}, "`next_cursor` of the page before"),
+            (
+                "limit",
+                {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 50},
+                "How many at most; a page may be shorter before the end",
+            ),
+        ],
+        answers=[Answer(description="A page", schema=SessionPage)],
+        errors=["invalid_request"],
+    ),
+    Operation(
+        methods=["GET"],
+        path=_ADMIN + "/stats",
+        handler=get_stats,
+        name="get_stats",
+        summary="Count the sessions, their ages, and where people stop",
+        tag="Operators",
+        answers=[Answer(description="The statistics", schema=StatsView)],
+    ),
+    Operation(
+        methods=["GET"],
+        path=_ADMIN + "/health",
+        handler=get_capacity_health,
+        name="get_capacity_health",
+        summary="Judge how full it is, and name the sessions that are stuck",
+        tag="Operators",
+        answers=[Answer(description="The health of the whole", schema=CapacityHealth)],
+    ),
+]

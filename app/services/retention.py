@@ -1,0 +1,395 @@
+"""The life of sessions: changed at once, cleaned up, recovered, and told of, by operators."""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
+from typing import Any, TypeVar
+
+import structlog
+
+from app.clock import now_ms
+from app.errors import (
+    InvalidRequestError,
+    OnboardingError,
+    SessionConflictError,
+    SessionNotFoundError,
+)
+from app.onboarding.catalogue import Catalogue
+from app.onboarding.retention import (
+    MAX_AT_ONCE,
+    BulkFailure,
+    BulkView,
+    CleanupView,
+    ConfigView,
+    DeleteReason,
+    RecoveryView,
+    Since,
+    Terms,
+    check_config,
+    plan_cleanup,
+)
+from app.onboarding.sessions import (
+    SessionChanges,
+    SessionStatus,
+    SessionView,
+    check_session_id,
+    is_session_id,
+    parse_changes,
+    parse_status,
+    plan_changes,
+    view_session,
+)
+from app.services.feed import Callback, FeedService
+from app.services.manager import TRIES
+from app.services.stats import make_stats_store
+from app.services.sweeper import Sweeper
+from app.services.tasks import TaskService
+from app.settings import Settings, load_settings
+from app.store.connect import connect
+from app.store.gateway import Gateway
+from app.store.retention import RetentionStore
+from app.store.sessions import SessionChangedError, SessionStore
+
+__all__ = [
+    "RetentionService",
+    "atomic_session_update",
+    "bulk_update_sessions",
+    "cleanup_completed_sessions",
+    "cleanup_failed_sessions",
+    "force_cleanup_all",
+    "get_retention_service",
+    "reconfigure",
+    "recover_corrupted_session",
+    "register_session_callback",
+    "shutdown",
+    "start",
+    "with_session",
+]
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+CHANGED_AT_ONCE = 16
+"""How many sessions of a bulk change are changed at a time."""
+
+
+class RetentionService:
+    """Everything that ends, bounds, or mends sessions.
+
+    Every method raises a `StoreError` when the store cannot do its part; what else it raises, it
+    says.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        store: RetentionStore,
+        sweeper: Sweeper,
+        catalogue: Catalogue,
+        defaults: ConfigView,
+    ) -> None:
+        self._gateway = gateway
+        self._store = store
+        self._sessions = SessionStore(gateway)
+        self._sweeper = sweeper
+        self._feed = FeedService(gateway)
+        self._catalogue = catalogue
+        self._defaults = defaults
+
+    # --- Changes of sessions ----------------------------------------------------------------------
+
+    async def atomic_session_update(
+        self, session_id: str, updates: Mapping[str, Any]
+    ) -> SessionView:
+        """Change several fields of a session at once, all or none, and describe it.
+
+        The fields are `status`, `error_message` (with the status `error`), `language`, `metadata`,
+        `user_id`, `workspace_id`. Raises `SessionNotFoundError`, `InvalidTransitionError`, and
+        `InvalidRequestError` for any other field.
+        """
+        check_session_id(session_id)
+        return await self._update(session_id, parse_changes(updates))
+
+    async def with_session(
+        self, session_id: str, operation: Callable[[dict[str, Any]], Awaitable[T] | T]
+    ) -> T:
+        """Have an operation change a session that nobody else changes meanwhile.
+
+        `operation`, a function or a coroutine function, gets the session as a dict, changes in it
+        what `atomic_session_update` can change, and what it returns is returned. Nothing is locked:
+        when somebody else was faster, it is called again with what they made of the session, 8
+        times at most, so it should do nothing that cannot be done again. Raises what it raises (and
+        nothing is changed then), `SessionConflictError` when it could not win, and what
+        `atomic_session_update` raises.
+        """
+        check_session_id(session_id)
+        for _ in range(TRIES):
+            session = await self._sessions.get(session_id)
+            view: dict[str, Any] = {**view_session(session_id, session.owner, session.state)}
+            draft = deepcopy(view)
+            outcome = operation(draft)
+            result: T = await outcome if inspect.isawaitable(outcome) else outcome
+            changes = plan_changes(view, draft)
+            if changes is None:
+                return result
+            try:
+                await self._update(session_id, changes, expected=session.changes)
+            except SessionChangedError:
+                continue
+            return result
+        raise SessionConflictError
+
+    async def bulk_update_sessions(
+        self, session_ids: Sequence[str], updates: Mapping[str, Any]
+    ) -> BulkView:
+        """Make the same change to up to 1,000 sessions, each by itself.
+
+        Those that could not be changed are named with the code of what went wrong. Raises
+        `InvalidRequestError` for a change that no session could take.
+        """
+        changes = parse_changes(updates)
+        if not 1 <= len(session_ids) <= MAX_AT_ONCE:
+            raise InvalidRequestError(f"Name 1 to {MAX_AT_ONCE} sessions")
+        turn = asyncio.Semaphore(CHANGED_AT_ONCE)
+
+        async def change(session_id: str) -> BulkFailure | None:
+            if not is_session_id(session_id):
+                return BulkFailure(session_id=session_id, code=SessionNotFoundError.code)
+            try:
+                async with turn:
+                    await self._update(session_id, changes)
+            except OnboardingError as failure:
+                return BulkFailure(session_id=session_id, code=failure.code)
+            return None
+
+        # Named twice, changed once.
+        names = list(dict.fromkeys(session_ids))
+        failed = [each for each in await asyncio.gather(*map(change, names)) if each is not None]
+        log.info("sessions_updated", updated=len(names) - len(failed), failed=len(failed))
+        return BulkView(updated=len(names) - len(failed), failed=failed)
+
+    async def recover_corrupted_session(self, session_id: str) -> RecoveryView:
+        """Keep what can be read of a session, drop the rest, and set its status to `error`.
+
+        Parts are called as their keys are: `metadata`, `progress`, `step:4`, `export`. When nothing
+        can be read the session is removed. Raises `SessionNotFoundError`, `SessionConflictError`.
+        """
+        check_session_id(session_id)
+        for _ in range(TRIES):
+            try:
+                remains = await self._store.recover(
+                    session_id, pin=self._catalogue.pin, total=self._catalogue.total, at_ms=now_ms()
+                )
+            except SessionChangedError:
+                continue
+            kept, lost = ([], ["everything"]) if remains is None else (remains.kept, remains.lost)
+            log.warning("session_recovered", session_id=session_id, kept=len(kept), lost=lost)
+            return RecoveryView(session_id=session_id, status="error", kept=kept, lost=lost)
+        raise SessionConflictError
+
+    async def _update(
+        self, session_id: str, changes: SessionChanges, expected: int | None = None
+    ) -> SessionView:
+        updated = await self._sessions.update(
+            session_id, changes, at_ms=now_ms(), expected=expected
+        )
+        session = updated.read()
+        if changes.status is not None:
+            log.info("status_changed", session_id=session_id, status=changes.status)
+        return view_session(session_id, session.owner, session.state)
+
+    # --- Clean-ups --------------------------------------------------------------------------------
+
+    async def cleanup(
+        self,
+        *,
+        status: SessionStatus | str | None = None,
+        older_than_hours: float | None = None,
+        everything: bool = False,
+        dry_run: bool = False,
+    ) -> CleanupView:
+        """Remove the sessions of a status, or of an age on, or all, up to 1,000.
+
+        Those with answers that were never exported too: whoever says which sessions means them.
+        With `dry_run` they are only named. Raises `InvalidRequestError` without a filter.
+        """
+        chosen = None if status is None else parse_status(status)
+        terms = plan_cleanup(chosen, older_than_hours, now_ms(), everything=everything)
+        await self._store.reclaim()
+        return await self._remove_all(terms, dry_run=dry_run)
+
+    async def cleanup_failed_sessions(self, max_age_hours: float = 0.0) -> int:
+        """Remove the sessions whose generation failed that long ago; return how many.
+
+        Those with answers that were never exported stay.
+        """
+        return await self._clean_ended(SessionStatus.ERROR, max_age_hours)
+
+    async def cleanup_completed_sessions(self, max_age_hours: float = 6.0) -> int:
+        """Remove the sessions whose generation completed that long ago; return how many.
+
+        Those with answers that were never exported stay.
+        """
+        return await self._clean_ended(SessionStatus.COMPLETE, max_age_hours)
+
+    async def force_cleanup_all(self) -> int:
+        """Remove every session, whatever it holds; return how many."""
+        removed = 0
+        while True:
+            done = await self.cleanup(everything=True)
+            removed += done["removed"]
+            if not done["more"] or not done["removed"]:
+                return removed
+
+    async def _clean_ended(self, status: SessionStatus, max_age_hours: float) -> int:
+        planned = plan_cleanup(status, max_age_hours, now_ms(), everything=False)
+        terms = Terms((status,), Since.ENDED, planned.before_ms, spares_held=True)
+        removed = 0
+        while True:
+            done = await self._remove_all(terms, dry_run=False)
+            removed += done["removed"]
+            if not done["more"] or not done["removed"]:
+                return removed
+
+    async def _remove_all(self, terms: Terms, *, dry_run: bool) -> CleanupView:
+        gone: list[str] = []
+        for class_ in self._store.classes_of(terms):
+            skip = 0
+            while listed := await self._store.list_due(terms, class_, skip):
+                for facts in listed:
+                    if len(gone) == MAX_AT_ONCE:
+                        return CleanupView(removed=len(gone), session_ids=gone, more=True)
+                    if dry_run or await self._store.remove(
+                        facts.session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms()
+                    ):
+                        gone.append(facts.session_id)
+                        skip += dry_run
+                    else:
+                        skip += 1
+        if gone and not dry_run:
+            log.info("sessions_removed", removed=len(gone))
+        return CleanupView(removed=len(gone), session_ids=gone, more=False)
+
+    # --- What all processes share -----------------------------------------------------------------
+
+    async def get_config(self) -> ConfigView:
+        """Say what holds for all processes: as operators have set it, else as the settings say."""
+        config = await self._store.get_config()
+        limit, interval_s = config.max_sessions, config.cleanup_interval_s
+        return ConfigView(
+            max_sessions=self._defaults["max_sessions"] if limit is None else limit,
+            cleanup_interval_s=(
+                self._defaults["cleanup_interval_s"] if interval_s is None else interval_s
+            ),
+        )
+
+    async def reconfigure(self, **changes: float | None) -> ConfigView:
+        """Set `max_sessions` (0 = any number), `cleanup_interval_s`, or both, for all processes.
+
+        None goes back to the settings. A lower limit makes for a clean-up at once, of what has
+        expired; no other session is lost for it, and as long as there are more, none is made.
+        Raises `InvalidRequestError`.
+        """
+        checked = check_config(changes)
+        before = await self.get_config()
+        await self._store.set_config(checked)
+        after = await self.get_config()
+        log.info("config_changed", **after)
+        limit, limit_before = after["max_sessions"], before["max_sessions"]
+        if limit and (limit < limit_before or not limit_before):
+            await self._sweeper.sweep()
+        return after
+
+    def register_session_callback(self, event_type: str, callback: Callback) -> Awaitable[None]:
+        """Have a callback told of a type of event, of any session, from any process.
+
+        It gets a dict: the fields of the event, and `session_id`. What is returned may be awaited,
+        to be sure that what happens next is told. Raises `InvalidRequestError` for a type that
+        there is not.
+        """
+        return self._feed.register(event_type, callback)
+
+    async def start(self) -> None:
+        """Begin to sweep in the background."""
+        self._sweeper.start()
+
+    async def sweep(self) -> bool:
+        """Sweep now, unless somebody else does; say whether it was done."""
+        return await self._sweeper.sweep()
+
+    async def shutdown(self, timeout: float = 30) -> bool:  # noqa: ASYNC109 - the callers' name
+        """Stop what goes on in the background and close the connections of this event loop.
+
+        Says whether that took less than `timeout` seconds; what then still runs is left to itself.
+        """
+        closing = asyncio.create_task(self._close(), name="shutdown")
+        done, _ = await asyncio.wait([closing], timeout=timeout)
+        return bool(done)
+
+    async def aclose(self) -> None:
+        """Stop what goes on in the background; connections stay as they are."""
+        await self._sweeper.aclose()
+        await self._feed.aclose()
+
+    async def _close(self) -> None:
+        await self.aclose()
+        await self._gateway.aclose()
+
+
+def make_retention_service(
+    gateway: Gateway, tasks: TaskService, settings: Settings
+) -> RetentionService:
+    """Make a service over a gateway, by the settings."""
+    store = RetentionStore(gateway)
+    sweeper = Sweeper(
+        store,
+        make_stats_store(gateway, settings),
+        tasks,
+        rules=settings.expiry_rules,
+        interval_s=settings.cleanup_interval_s,
+        pin=settings.catalogue.pin,
+    )
+    defaults = ConfigView(
+        max_sessions=settings.max_sessions, cleanup_interval_s=settings.cleanup_interval_s
+    )
+    return RetentionService(gateway, store, sweeper, settings.catalogue, defaults)
+
+
+@cache
+def get_retention_service() -> RetentionService:
+    """Return this process's service, made from the environment; it connects when it is first used.
+
+    It finds the store as `get_onboarding_session_manager` does, and raises the same.
+    """
+    settings = load_settings()
+    gateway = connect(settings)
+    return make_retention_service(gateway, TaskService(gateway, settings.task_rules), settings)
+
+
+class _OfThisProcess(RetentionService):
+    """The service of this process, made when one of its methods is first called."""
+
+    def __init__(self) -> None:
+        """Make nothing yet: an import opens no store."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked for what __init__ would have set, and has not.
+        return getattr(get_retention_service(), name)
+
+
+# What callers import from here by name, for a worker or a REPL.
+_service = _OfThisProcess()
+atomic_session_update = _service.atomic_session_update
+bulk_update_sessions = _service.bulk_update_sessions
+cleanup_completed_sessions = _service.cleanup_completed_sessions
+cleanup_failed_sessions = _service.cleanup_failed_sessions
+force_cleanup_all = _service.force_cleanup_all
+reconfigure = _service.reconfigure
+recover_corrupted_session = _service.recover_corrupted_session
+register_session_callback = _service.register_session_callback
+shutdown = _service.shutdown
+start = _service.start
+with_session = _service.with_session

@@ -1,0 +1,205 @@
+"""The index of all sessions, from which they are listed, counted, and chosen for removal.
+
+Without hash tags the script that changes a session keeps the index true in the same step
+(`lua/session.lua`). With them the two lie in different slots: room for a session is reserved before
+it is made, and whatever changes it is followed here, within a second. The sweeper repairs what was
+missed.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+
+from app.clock import now_ms
+from app.errors import OnboardingError, SessionCapacityError
+from app.onboarding.retention import Capacity, DeleteReason
+
+if TYPE_CHECKING:
+    from app.store.gateway import Gateway
+
+log = structlog.get_logger()
+
+FOLLOW_S = 0.2
+"""How long changes are gathered before the index follows them, in seconds."""
+
+AT_ONCE = 16
+"""How many sessions are followed at a time."""
+
+RECLAIMED_AT_ONCE = 200
+"""How many sessions one script takes out, so that it does not hold others up: about 2 ms."""
+
+RESERVED_MS = 60_000
+"""How long a session that is about to be made may take, in milliseconds: more than any request."""
+
+TRIES = 3
+"""How often following a session is tried while others follow it too."""
+
+
+class SessionIndex:
+    """Keeps the index true where a script of the session cannot."""
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+        self._keys = gateway.keys
+        self._entries = gateway.keys.index("entries")
+
+    async def reserve(
+        self, session_id: str, capacity: Capacity, *, pin: str, at_ms: int
+    ) -> list[str]:
+        """Reserve room for a session; name those that must be removed first.
+
+        Raises `SessionCapacityError`.
+        """
+        for attempt in ("as it is", "with what has expired out of the way"):
+            reply = await self._gateway.evaluate(
+                "reserve_session",
+                [self._entries],
+                [session_id, at_ms, self._gateway.lifetime_ms, *capacity, pin],
+            )
+            if reply.word == "ok":
+                return [each.decode() for each in reply.values]
+            if attempt == "as it is":
+                await self.reclaim()
+        raise SessionCapacityError
+
+    async def list_condemned(self) -> list[str]:
+        """List the sessions that have lost their room and are still to be removed."""
+        members = await self._gateway.command("SMEMBERS", self._keys.index("condemned"))
+        return sorted(each.decode() for each in members)
+
+    async def acquit(self, session_id: str) -> None:
+        """Note that a condemned session is gone."""
+        await self._gateway.command("SREM", self._keys.index("condemned"), session_id)
+
+    async def remove(self, session_id: str, reason: DeleteReason, *, at_ms: int) -> None:
+        """Take a session out that is gone."""
+        await self._unplace(session_id, reason, at_ms, "")
+
+    async def follow(self, session_id: str) -> None:
+        """Put a session where it belongs now, or take it out when it is gone."""
+        keys = self._keys.session(session_id)
+        for _ in range(TRIES):
+            entry = await self._gateway.command("HGET", self._entries, session_id)
+            fed = entry.split(b"\n")[0].rpartition(b" ")[2] if entry else b"-"
+            facts = await self._gateway.evaluate("read_facts", keys[:3], [fed])
+            if facts.word == "not_found":
+                at_ms = now_ms()
+                reserved_since = at_ms - RESERVED_MS
+                await self._unplace(session_id, DeleteReason.LIFETIME, at_ms, reserved_since)
+                return
+            *told, times, events = facts.values
+            created, class_, ended, ever, changes, workspace, user, activity, deadline, pin = told
+            placed = await self._gateway.evaluate(
+                "place_session",
+                [self._entries],
+                [
+                    *(session_id, fed, events[-1][0] if events else fed, created, class_, ended),
+                    *(ever, changes, workspace, user, activity, deadline, pin),
+                    *(len(times), *times, *_flat(events)),
+                ],
+            )
+            if placed.word == "ok":
+                return
+
+    async def reclaim(self) -> None:
+        """Take every session out whose lifetime is over."""
+        if self._keys.hash_tag:
+            past = await self._gateway.command(
+                "ZRANGEBYSCORE", self._keys.index("deadlines"), "-inf", now_ms()
+            )
+            await self.follow_all([each.decode() for each in past])
+            return
+        while True:
+            reply = await self._gateway.evaluate(
+                "reclaim_sessions", [self._entries], [RECLAIMED_AT_ONCE]
+            )
+            if int(reply.values[0]) < RECLAIMED_AT_ONCE:
+                return
+
+    async def repair(self, cursor: str) -> tuple[str, int]:
+        """Look at a part of the index, from `cursor` on ("0" at first), and mend what is wrong.
+
+        Gives where the next part begins, "0" at the end, and how many entries were looked at that
+        pointed at nothing (0 where keys have hash tags: there, each one is followed anew).
+        """
+        if not self._keys.hash_tag:
+            reply = await self._gateway.evaluate(
+                "repair_index", [self._entries], [cursor, RECLAIMED_AT_ONCE]
+            )
+            return reply.values[0].decode(), int(reply.values[1])
+        found = await self._gateway.command(
+            "HSCAN", self._entries, cursor, "COUNT", RECLAIMED_AT_ONCE
+        )
+        following, entries = found
+        names = entries if isinstance(entries, dict) else entries[::2]
+        await self.follow_all([name.decode() for name in names if not name.startswith(b":")])
+        return str(following.decode() if isinstance(following, bytes) else following), 0
+
+    async def _unplace(
+        self, session_id: str, reason: DeleteReason, at_ms: int, spare_since: int | str
+    ) -> None:
+        await self._gateway.evaluate(
+            "unplace_session",
+            [self._entries],
+            [session_id, reason.event, reason, at_ms, spare_since],
+        )
+
+    async def follow_all(self, session_ids: Sequence[str]) -> None:
+        """Follow several; what fails is logged, and left to the sweeper."""
+        for start in range(0, len(session_ids), AT_ONCE):
+            await asyncio.gather(
+                *(self._try_to_follow(each) for each in session_ids[start : start + AT_ONCE])
+            )
+
+    async def _try_to_follow(self, session_id: str) -> None:
+        try:
+            await self.follow(session_id)
+        except OnboardingError as failure:
+            # The sweeper comes by again.
+            log.warning("index_not_followed", session_id=session_id, code=failure.code)
+
+
+class IndexFollower:
+    """Gathers the sessions that were changed, and has the index follow them soon."""
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self._index = SessionIndex(gateway)
+        self._waiting: dict[asyncio.AbstractEventLoop, tuple[set[str], asyncio.Task[None]]] = {}
+
+    def note(self, session_id: str) -> None:
+        """Take note of a change."""
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting.get(loop)
+        if waiting is None:
+            # Tasks belong to an event loop; those of loops that are closed are gone.
+            self._waiting = {o: w for o, w in self._waiting.items() if not o.is_closed()}
+            changed: set[str] = set()
+            task = loop.create_task(self._follow_soon(changed), name="index")
+            waiting = self._waiting[loop] = (changed, task)
+        waiting[0].add(session_id)
+
+    async def aclose(self) -> None:
+        """Have the index follow what this event loop has changed, now."""
+        waiting = self._waiting.pop(asyncio.get_running_loop(), None)
+        if waiting is not None:
+            changed, task = waiting
+            task.cancel()
+            await asyncio.wait([task])
+            await self._follow(changed)
+
+    async def _follow_soon(self, changed: set[str]) -> None:
+        await asyncio.sleep(FOLLOW_S)
+        self._waiting.pop(asyncio.get_running_loop(), None)
+        await self._follow(changed)
+
+    async def _follow(self, changed: set[str]) -> None:
+        await self._index.follow_all(sorted(changed))
+
+
+def _flat(events: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[bytes | int]:
+    flat: list[bytes | int] = []
+    for _, fields in events:
+        flat += [len(fields), *fields]
+    return flat

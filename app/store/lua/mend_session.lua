@@ -1,0 +1,41 @@
+-- include parts.lua
+-- Write the hashes of a damaged session anew, and remove what of it cannot be read.
+--
+-- KEYS  1 metadata, 2 progress, 3 events, 4 ops
+-- ARGV  1 operation id, 2 lifetime in ms, 3 the caller's time in Unix ms, 4 count of changes that the
+--       session had when it was read ('' = none that could be read), 5 number of names of keys to
+--       remove, then these, then number of values of the progress, then field and value of each, then
+--       field and value of the metadata
+--
+-- Returns {'ok'}, {'changed'} when 4 does not hold any more
+--
+-- Safe to send twice: the operation id is kept in the progress that it wrote.
+
+if redis.pcall('HGET', KEYS[2], 'mended_by') == ARGV[1] then
+  return {'ok'}
+end
+local changes = redis.pcall('HGET', KEYS[2], 'changes')
+if (type(changes) == 'string' and changes or '') ~= ARGV[4] then
+  return {'changed'}
+end
+
+local prefix = string.sub(KEYS[2], 1, -#'progress' - 1)
+local lost = tonumber(ARGV[5])
+for i = 6, 5 + lost do
+  for _, part in ipairs(parts_of(prefix .. ARGV[i])) do
+    redis.call('DEL', part)
+  end
+  redis.call('DEL', prefix .. ARGV[i])
+end
+redis.call('DEL', KEYS[1], KEYS[2])
+local first = 7 + lost
+local last = first - 1 + tonumber(ARGV[6 + lost])
+local time = redis.call('TIME')
+local deadline = string.format('%.0f', tonumber(time[1]) * 1000 + tonumber(ARGV[2]))
+redis.call('HSET', KEYS[2], unpack(ARGV, first, last))
+redis.call('HSET', KEYS[2], 'mended_by', ARGV[1], 'updated_at', ARGV[3], 'deadline', deadline,
+  'changes', string.format('%.0f', (tonumber(ARGV[4]) or 0) + 1))
+redis.call('HSET', KEYS[1], unpack(ARGV, last + 1))
+redis.call('PEXPIREAT', KEYS[1], deadline)
+redis.call('PEXPIREAT', KEYS[2], deadline)
+return {'ok'}

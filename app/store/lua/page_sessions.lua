@@ -1,0 +1,46 @@
+-- include index.lua
+-- List a page of sessions, the newest first.
+--
+-- KEYS  1 entries
+-- ARGV  1 place after which to go on ('' = from the newest), 2 how many to list at most, 3 how many
+--       to look at at most, 4 statuses as '|pending|error|' ('' = any), 5 workspace ('' = any),
+--       6 user ('' = any), from 7 the sets that together hold them all
+--
+-- Returns {'ok', place of the last one looked at ('' = there are no more), {session, created in Unix
+--          ms, class, end of the generation in Unix ms or '', last activity in Unix ms, workspace,
+--          user}, ...}
+--
+-- Safe to send twice: it reads.
+
+local wanted, looked_at = tonumber(ARGV[2]), tonumber(ARGV[3])
+local latest = ARGV[1] == '' and '+' or '(' .. ARGV[1]
+local moments, is_more = {}, false
+for i = 7, #ARGV do
+  local found = redis.call('ZREVRANGEBYLEX', INDEX .. ARGV[i], latest, '-', 'LIMIT', 0, looked_at)
+  is_more = is_more or #found == looked_at
+  for _, moment in ipairs(found) do
+    moments[#moments + 1] = moment
+  end
+end
+table.sort(moments, function(one, other) return one > other end)
+
+local now_ms = store_time_ms()
+local reply = {'ok', ''}
+for i, moment in ipairs(moments) do
+  if i > looked_at or #reply - 2 == wanted then
+    return reply
+  end
+  reply[2] = moment
+  local id = string.match(moment, '^%d+:(.*)$')
+  local facts = facts_of(id)
+  local status = string.match(facts[3], '^%a+')
+  if (ARGV[4] == '' or string.find(ARGV[4], '|' .. status .. '|', 1, true))
+    and (ARGV[5] == '' or facts[6] == ARGV[5]) and (ARGV[6] == '' or facts[7] == ARGV[6])
+    and tonumber(redis.call('ZSCORE', DEADLINES, id) or 0) > now_ms then
+    reply[#reply + 1] = facts
+  end
+end
+if not is_more then
+  reply[2] = ''
+end
+return reply

@@ -1,0 +1,185 @@
+"""What ends sessions before their lifetime does: who may be removed, who sweeps, what is set."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from app.errors import SessionNotFoundError
+from app.onboarding.retention import (
+    STREAM,
+    DeleteReason,
+    Remains,
+    SessionFacts,
+    Since,
+    Terms,
+    plan_recovery,
+)
+from app.onboarding.sessions import SessionStatus
+from app.store.gateway import Argument, Gateway
+from app.store.index import SessionIndex
+from app.store.sessions import SessionChangedError, SessionStore
+from app.store.stats import CLASSES, read_listed
+
+LISTED_AT_ONCE = 200
+"""How many sessions are looked up at a time."""
+
+
+class Config(NamedTuple):
+    """What operators have set for all processes; None where the settings hold."""
+
+    max_sessions: int | None
+    cleanup_interval_s: float | None
+
+
+class RetentionStore:
+    """Finds sessions that may go, lends the right to sweep, keeps what operators have set."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._keys = gateway.keys
+        self._entries = [gateway.keys.index("entries")]
+        self._config = gateway.keys.index("config")
+        self._sessions = SessionStore(gateway)
+        self._index = SessionIndex(gateway)
+
+    # --- Sessions that may go ---------------------------------------------------------------------
+
+    def classes_of(self, terms: Terms) -> Iterator[str]:
+        """Give the parts of the index in which sessions may meet the terms."""
+        for class_ in CLASSES:
+            status, _, kind = class_.partition(":")
+            is_asked = not terms.statuses or SessionStatus(status) in terms.statuses
+            if is_asked and not (kind == "held" and terms.spares_held):
+                yield class_
+
+    async def list_due(self, terms: Terms, class_: str, skip: int) -> list[SessionFacts]:
+        """List sessions of one class that meet the terms, the oldest first, without the first ones.
+
+        At most `LISTED_AT_ONCE`; an empty list is the end.
+        """
+        order = (terms.since or Since.CREATED).value
+        latest_ms = _END_OF_TIME_MS if terms.since is None else max(0, terms.before_ms)
+        args: list[Argument] = [order, class_, latest_ms, skip, LISTED_AT_ONCE]
+        return read_listed(await self._gateway.evaluate("list_due", self._entries, args))
+
+    async def remove(
+        self, session_id: str, terms: Terms, reason: DeleteReason, *, at_ms: int
+    ) -> bool:
+        """Remove a session that still meets the terms; say whether it was done.
+
+        An index that still names a session which is gone is mended.
+        """
+        try:
+            return await self._sessions.delete(
+                session_id, 0, at_ms=at_ms, reason=reason, terms=terms
+            )
+        except SessionNotFoundError:
+            await self._index.remove(session_id, DeleteReason.LIFETIME, at_ms=at_ms)
+            return False
+
+    async def reclaim(self) -> None:
+        """Take every session out of the index whose lifetime is over."""
+        await self._index.reclaim()
+
+    async def finish_evictions(self, *, at_ms: int) -> None:
+        """Remove the sessions that have lost their room and were not removed for it."""
+        if self._keys.hash_tag:
+            for session_id in await self._index.list_condemned():
+                await self._sessions.evict(session_id, at_ms=at_ms)
+
+    async def repair(self, cursor: str) -> tuple[str, int]:
+        """Mend a part of the index: as `SessionIndex.repair`."""
+        return await self._index.repair(cursor)
+
+    # --- Who sweeps -------------------------------------------------------------------------------
+
+    async def claim_sweep(
+        self, sweeper: str, *, lease_s: float, interval_s: float, now: bool = False
+    ) -> bool:
+        """Take the lease for a sweep, or prolong one's own; False when none is due, or it is taken.
+
+        With `now` it is due in any case.
+        """
+        args: list[Argument] = [
+            sweeper,
+            int(lease_s * 1000),
+            int(interval_s * 1000),
+            "1" if now else "",
+        ]
+        return (await self._gateway.evaluate("claim_sweep", self._entries, args)).word == "ok"
+
+    async def finish_sweep(self, sweeper: str, *, failures: int, tasks_removed: int) -> None:
+        """Give the lease back, and note what came of the sweep."""
+        args: list[Argument] = [sweeper, failures, tasks_removed]
+        await self._gateway.evaluate("finish_sweep", self._entries, args)
+
+    # --- What is set for all processes ------------------------------------------------------------
+
+    async def get_config(self) -> Config:
+        """Read what operators have set."""
+        limit, interval = await self._gateway.command(
+            "HMGET", self._config, "max_sessions", "cleanup_interval_s"
+        )
+        return Config(
+            None if limit is None else int(limit), None if interval is None else float(interval)
+        )
+
+    async def set_config(self, changes: Mapping[str, int | float | None]) -> None:
+        """Set fields of `Config`; None goes back to the settings."""
+        present = {name: str(value) for name, value in changes.items() if value is not None}
+        absent = [name for name, value in changes.items() if value is None]
+        if present:
+            flat = [part for pair in present.items() for part in pair]
+            await self._gateway.command("HSET", self._config, *flat)
+        if absent:
+            await self._gateway.command("HDEL", self._config, *absent)
+
+    # --- Damaged sessions -------------------------------------------------------------------------
+
+    async def recover(self, session_id: str, *, pin: str, total: int, at_ms: int) -> Remains | None:
+        """Keep what can be read of a session, and remove the rest; None when nothing can be read.
+
+        `pin` and `total` are those of the catalogue that is assumed where the session does not say.
+        The session is removed when nothing is left. Raises `SessionNotFoundError`, and
+        `SessionChangedError` when it changed meanwhile.
+        """
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.evaluate("read_remains", keys[:2], [total])
+        if not reply.values:
+            raise SessionNotFoundError
+        found = {name.decode(): _found(kind, value) for name, kind, value in reply.values}
+        remains = plan_recovery(found, pin=pin, total=total, now_ms=at_ms)
+        if remains is None:
+            await self._sessions.delete(
+                session_id, total, at_ms=at_ms, reason=DeleteReason.UNREADABLE
+            )
+            return None
+        progress = found.get("progress")
+        changes: bytes = progress.get(b"changes", b"") if isinstance(progress, dict) else b""
+        args: list[Argument] = [os.urandom(12).hex(), self._gateway.lifetime_ms, at_ms, changes]
+        args += [len(remains.lost), *remains.lost, 2 * len(remains.progress)]
+        for name, value in [*remains.progress.items(), *remains.owner.items()]:
+            args += [name, value]
+        mended = await self._gateway.evaluate("mend_session", keys[:4], args)
+        if mended.word == "changed":
+            raise SessionChangedError
+        await self._gateway.change(
+            "record_recovery", keys, args=[len(remains.kept), len(remains.lost)], at_ms=at_ms
+        )
+        return remains
+
+
+_END_OF_TIME_MS = 99_999_999_999_999
+"""Later than any session, in Unix ms."""
+
+
+def _found(kind: bytes, value: Any) -> object:
+    match kind:
+        case b"string":
+            return value
+        case b"hash":
+            return dict(zip(value[::2], value[1::2], strict=True))
+        case b"stream":
+            return STREAM
+        case _:
+            return None

@@ -1,0 +1,168 @@
+"""Sessions listed and counted, from the index alone."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from app.errors import CorruptRecordError
+from app.onboarding.progress import Progress
+from app.onboarding.retention import STUCK_MS, SessionFacts
+from app.onboarding.sessions import SessionStatus
+from app.onboarding.stats import AGE_BOUNDS_MS, STUCK_SHOWN, Counts
+from app.store.gateway import Gateway, Reply
+from app.store.index import SessionIndex
+from app.store.sessions import SessionStore
+
+CLASSES = tuple(f"{status}:{kind}" for status in SessionStatus for kind in ("free", "held"))
+"""How the index divides the sessions: by status, and by whether answers were never exported."""
+
+LOOKED_AT = 1000
+"""How many sessions a page with a filter looks at, at most."""
+
+
+class Listed(NamedTuple):
+    """A session in the index; `workspace` and `user` are empty where it has none."""
+
+    facts: SessionFacts
+    workspace: str
+    user: str
+
+
+class Occupancy(NamedTuple):
+    """How many sessions there are, of how many (0 = any number), and which of them are stuck."""
+
+    sessions: int
+    limit: int
+    stuck: int
+    stuck_ids: list[str]
+    is_cleaned: bool
+
+
+class StatsStore:
+    """Reads the index. What one call costs does not depend on how many sessions there are."""
+
+    def __init__(self, gateway: Gateway, *, max_sessions: int, interval_s: float) -> None:
+        """Take what holds where operators have set nothing else."""
+        self._gateway = gateway
+        self._keys = gateway.keys
+        self._entries = [gateway.keys.index("entries")]
+        self._index = SessionIndex(gateway)
+        self._sessions = SessionStore(gateway)
+        self._max_sessions = max_sessions
+        self._interval_ms = int(interval_s * 1000)
+
+    async def count(self, pin: str, at_ms: int) -> Counts:
+        """Count the sessions; the funnel is that of the catalogue `pin`."""
+        await self._index.reclaim()
+        moments = [max(0, at_ms - bound_ms) for bound_ms in AGE_BOUNDS_MS]
+        reply = await self._gateway.evaluate(
+            "count_sessions", self._entries, [self._max_sessions, pin, *moments]
+        )
+        limit, created_sum_s, oldest, newest, classes, ages, cleanup, funnel = reply.values
+        by_status = dict.fromkeys(SessionStatus, 0)
+        for class_, count in zip(classes[::2], classes[1::2], strict=True):
+            by_status[SessionStatus(class_.decode().partition(":")[0])] += int(count)
+        return Counts(
+            by_status=by_status,
+            ages=tuple(int(count) for count in ages),
+            created_sum_s=int(created_sum_s),
+            oldest_ms=_moment_ms(oldest),
+            newest_ms=_moment_ms(newest),
+            max_sessions=int(limit),
+            cleanup=_counters(cleanup),
+            funnel=_counters(funnel),
+        )
+
+    async def occupancy(self, at_ms: int) -> Occupancy:
+        """Count what the health of the whole is judged by."""
+        reply = await self._gateway.evaluate(
+            "count_capacity",
+            self._entries,
+            [self._max_sessions, at_ms - STUCK_MS, STUCK_SHOWN, self._interval_ms],
+        )
+        count, limit, stuck, is_active, ids = reply.values
+        return Occupancy(
+            int(count), int(limit), int(stuck), [each.decode() for each in ids], is_active == b"1"
+        )
+
+    async def list_page(
+        self,
+        after: str,
+        limit: int,
+        *,
+        status: SessionStatus | None = None,
+        workspace: str = "",
+        user: str = "",
+    ) -> tuple[list[Listed], str]:
+        """List sessions, newest first, after a place ("" = from the newest).
+
+        Gives the place of the last one that was looked at, "" at the end. Where a filter leaves
+        few, a page may be shorter than `limit` although there are more.
+        """
+        if user:
+            sets = [f"user:{user}"]
+        elif workspace:
+            sets = [f"workspace:{workspace}"]
+        else:
+            sets = [f"created:{each}" for each in CLASSES if status is None or _is(each, status)]
+        statuses = "" if status is None else f"|{status}|"
+        looked_at = LOOKED_AT if user or workspace else limit
+        reply = await self._gateway.evaluate(
+            "page_sessions",
+            self._entries,
+            [after, limit, looked_at, statuses, workspace, user, *sets],
+        )
+        place, *rows = reply.values
+        return [_listed(row) for row in rows], place.decode()
+
+    async def read_progress(self, session_id: str) -> Progress | None:
+        """Say how far a session is; None when that cannot be read.
+
+        Raises `SessionNotFoundError` when it is not there any more.
+        """
+        try:
+            return (await self._sessions.get_state(session_id)).progress
+        except CorruptRecordError:
+            return None
+
+    async def repair(self, session_id: str) -> None:
+        """Put a session that was found elsewhere than the index says where it belongs."""
+        await self._index.follow_all([session_id])
+
+    async def used_memory(self) -> int | None:
+        """Ask how much memory the store uses, in bytes; None when it does not say."""
+        info = await self._gateway.command("INFO", "memory")
+        if isinstance(info, dict) and "used_memory" not in info:
+            nodes = [node for node in info.values() if isinstance(node, dict)]
+            return sum(int(node.get("used_memory", 0)) for node in nodes) or None
+        return int(info["used_memory"]) if isinstance(info, dict) else None
+
+
+def read_listed(reply: Reply) -> list[SessionFacts]:
+    """Read the sessions that a script of the index lists."""
+    return [_listed(row).facts for row in reply.values]
+
+
+def _listed(row: Sequence[Any]) -> Listed:
+    session_id, created, class_, ended, activity, workspace, user = (part.decode() for part in row)
+    status, _, kind = class_.partition(":")
+    facts = SessionFacts(
+        session_id=session_id,
+        status=SessionStatus(status),
+        is_held=kind == "held",
+        created_ms=int(created),
+        ended_ms=int(ended) if ended else None,
+        activity_ms=int(float(activity)),
+    )
+    return Listed(facts, workspace, user)
+
+
+def _is(class_: str, status: SessionStatus) -> bool:
+    return class_.startswith(f"{status}:")
+
+
+def _moment_ms(place: bytes) -> int | None:
+    return int(place.partition(b":")[0]) if place else None
+
+
+def _counters(flat: Sequence[bytes]) -> dict[str, int]:
+    return {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
