@@ -326,6 +326,8 @@ def plan_recovery(found: Mapping[str, Any], *, pin: str, total: int, now_ms: int
         "ended_at": str(now_ms),
         "error_message": "The session was damaged, and recovered by an operator",
         "reported_at": str(now_ms),
+        # Versions of steps that were deleted go on counting.
+        **{name: text for name, text in before.items() if _is_version(name) and text.isdecimal()},
         **{f"v{number}": str(step["version"]) for number, step in steps.items()},
         **{f"s{number}": str(_whole(before.get(f"s{number}"), now_ms)) for number in steps},
     }
@@ -403,6 +405,10 @@ def _is_progress(before: Mapping[str, str], steps: Mapping[int, object]) -> bool
         and all(before.get(f"{kind}{number}", "").isdecimal() for kind in "vs" for number in saved)
         and bool(before.get("catalogue"))
     )
+
+
+def _is_version(name: str) -> bool:
+    return name.startswith("v") and name[1:].isdecimal()
 
 
 def _whole(text: str | None, default: int) -> int:

@@ -15,6 +15,7 @@ from app.errors import (
     AbsentError,
     PayloadTooLargeError,
     RequestError,
+    SessionCapacityError,
     StateError,
     StoreError,
 )
@@ -92,14 +93,18 @@ class FileService:
     async def begin_session(self, upload: IncomingUpload) -> UploadedView:
         """Make a session, which belongs to nobody, with the file that is on its way.
 
-        Nothing of it is there before all of the file is. Raises `InvalidRequestError`.
+        Nothing of it is there before all of the file is. Raises `InvalidRequestError`, and
+        `SessionCapacityError` when there is no room for it.
         """
         session_id = str(uuid.uuid4())
         save, limit = self._files.save_early_part, self._limits.upload
         info = await self._keep(session_id, FileKind.UPLOAD, upload, limit, save)
-        await self._manager.begin_session_with(
-            session_id, Owner(None, None, upload.language), upload=info
-        )
+        owner = Owner(None, None, upload.language)
+        try:
+            await self._manager.begin_session_with(session_id, owner, upload=info)
+        except SessionCapacityError:
+            await self._drop(session_id, FileKind.UPLOAD, info.transfer, info.parts)
+            raise
         return UploadedView(session_id=session_id, status="pending")
 
     async def store_result(

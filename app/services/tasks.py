@@ -60,7 +60,15 @@ class TaskService:
     `InvalidRequestError` for what can be no task; what else they raise, they say.
     """
 
-    def __init__(self, gateway: Gateway, rules: Rules) -> None:
+    def __init__(self, gateway: Gateway | None = None, rules: Rules | None = None) -> None:
+        """Take the way to the store and the rules; by default those of the environment.
+
+        Raises `SettingsError` and `EmbeddedStoreError` then, as `get_onboarding_session_manager`.
+        """
+        if gateway is None or rules is None:
+            settings = load_settings()
+            gateway = connect(settings) if gateway is None else gateway
+            rules = settings.task_rules if rules is None else rules
         self._gateway = gateway
         self._rules = rules
         self._tasks = TaskStore(gateway)
@@ -337,8 +345,7 @@ def get_task_service() -> TaskService:
 
     It finds the store as `get_onboarding_session_manager` does, and raises the same.
     """
-    settings = load_settings()
-    return TaskService(connect(settings), settings.task_rules)
+    return TaskService()
 
 
 def _about(task: Task) -> dict[str, str]:

@@ -77,8 +77,11 @@ class SessionIndex:
         """Take a session out that is gone."""
         await self._unplace(session_id, reason, at_ms, "")
 
-    async def follow(self, session_id: str) -> None:
-        """Put a session where it belongs now, or take it out when it is gone."""
+    async def follow(self, session_id: str, *, is_over: bool = False) -> None:
+        """Put a session where it belongs now, or take it out when it is gone.
+
+        One that is not there may be about to be made, unless its time `is_over`.
+        """
         keys = self._keys.session(session_id)
         for _ in range(TRIES):
             entry = await self._gateway.command("HGET", self._entries, session_id)
@@ -86,7 +89,7 @@ class SessionIndex:
             facts = await self._gateway.evaluate("read_facts", keys[:3], [fed])
             if facts.word == "not_found":
                 at_ms = now_ms()
-                reserved_since = at_ms - RESERVED_MS
+                reserved_since = "" if is_over else at_ms - RESERVED_MS
                 await self._unplace(session_id, DeleteReason.LIFETIME, at_ms, reserved_since)
                 return
             *told, times, events = facts.values
@@ -106,10 +109,7 @@ class SessionIndex:
     async def reclaim(self) -> None:
         """Take every session out whose lifetime is over."""
         if self._keys.hash_tag:
-            past = await self._gateway.command(
-                "ZRANGEBYSCORE", self._keys.index("deadlines"), "-inf", now_ms()
-            )
-            await self.follow_all([each.decode() for each in past])
+            await self._reclaim_followed()
             return
         while True:
             reply = await self._gateway.evaluate(
@@ -117,6 +117,19 @@ class SessionIndex:
             )
             if int(reply.values[0]) < RECLAIMED_AT_ONCE:
                 return
+
+    async def _reclaim_followed(self) -> None:
+        seen: list[bytes] = []
+        while True:
+            past = await self._gateway.command(
+                *("ZRANGEBYSCORE", self._keys.index("deadlines"), "-inf", now_ms()),
+                *("LIMIT", 0, RECLAIMED_AT_ONCE),
+            )
+            if not past or past == seen:
+                # Nothing is left, or nothing that could be taken out now.
+                return
+            seen = past
+            await self.follow_all([each.decode() for each in past], is_over=True)
 
     async def repair(self, cursor: str) -> tuple[str, int]:
         """Look at a part of the index, from `cursor` on ("0" at first), and mend what is wrong.
@@ -146,16 +159,19 @@ class SessionIndex:
             [session_id, reason.event, reason, at_ms, spare_since],
         )
 
-    async def follow_all(self, session_ids: Sequence[str]) -> None:
+    async def follow_all(self, session_ids: Sequence[str], *, is_over: bool = False) -> None:
         """Follow several; what fails is logged, and left to the sweeper."""
         for start in range(0, len(session_ids), AT_ONCE):
             await asyncio.gather(
-                *(self._try_to_follow(each) for each in session_ids[start : start + AT_ONCE])
+                *(
+                    self._try_to_follow(each, is_over)
+                    for each in session_ids[start : start + AT_ONCE]
+                )
             )
 
-    async def _try_to_follow(self, session_id: str) -> None:
+    async def _try_to_follow(self, session_id: str, is_over: bool) -> None:
         try:
-            await self.follow(session_id)
+            await self.follow(session_id, is_over=is_over)
         except OnboardingError as failure:
             # The sweeper comes by again.
             log.warning("index_not_followed", session_id=session_id, code=failure.code)

@@ -101,11 +101,13 @@ def test_an_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_thei
 
 
 def test_an_opening_may_ask_for_another_one() -> None:
-    assert sorted(OPENINGS) == ["erase", "index", "parts", "session", "status", "tasks"]
-    assert files_of("set_status") == [
-        *("parts", "index", "erase", "session", "status", "set_status")
+    assert sorted(OPENINGS) == [
+        *("clock", "erase", "index", "parts", "session", "status", "tasks")
     ]
-    assert files_of("read_body") == ["parts", "read_body"]
+    assert files_of("set_status") == [
+        *("clock", "parts", "index", "erase", "session", "status", "set_status")
+    ]
+    assert files_of("read_body") == ["clock", "parts", "read_body"]
     assert files_of("read_draft") == ["read_draft"]
 
 

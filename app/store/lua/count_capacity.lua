@@ -26,5 +26,5 @@ local interval_ms = cleanup_interval_ms(tonumber(ARGV[4]))
 -- One that is late by more than its interval has nobody who does it.
 local is_active = redis.call('EXISTS', INDEX .. 'lease') == 1
   or last_run and now_ms - last_run < 2 * interval_ms + 10000
-return {'ok', redis.call('ZCOUNT', DEADLINES, string.format('(%.0f', now_ms), '+inf'),
+return {'ok', count_live(now_ms),
   string.format('%d', room_limit(tonumber(ARGV[1]))), stuck, is_active and '1' or '', names}

@@ -1,3 +1,4 @@
+-- include clock.lua
 -- Take entries off lists of tasks.
 --
 -- KEYS  the lists, two keys each
@@ -7,9 +8,7 @@
 --
 -- Safe to send twice: what is gone stays gone.
 
-local time = redis.call('TIME')
-local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-local unexpired = 0
+local now_ms, unexpired = store_time_ms(), 0
 for _, entry in ipairs(ARGV) do
   local deadline_ms = tonumber(redis.call('ZSCORE', KEYS[2], entry) or 0)
   if deadline_ms >= now_ms then

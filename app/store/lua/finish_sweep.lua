@@ -14,7 +14,7 @@ if redis.call('GET', lease) ~= ARGV[1] then
 end
 redis.call('DEL', lease)
 local cleanup = INDEX .. 'cleanup'
-redis.call('HSET', cleanup, 'last_run', string.format('%.0f', store_time_ms()))
+redis.call('HSET', cleanup, 'last_run', whole(store_time_ms()))
 redis.call('HINCRBY', cleanup, 'failures', ARGV[2])
 redis.call('HINCRBY', cleanup, 'tasks_removed', ARGV[3])
 return {'ok'}

@@ -4,7 +4,7 @@
 -- KEYS  1 a key of a session or of the index: its name tells whether there are hash tags
 -- ARGV  none of its own
 --
--- Returns nothing: it gives `store_time_ms`, `feed`, `report_end`, `read_entry`, `place`, `unplace`,
+-- Returns nothing: it gives `feed`, `report_end`, `read_entry`, `place`, `unplace`,
 --         `facts_of`, `count_live`, `room_limit`, `cleanup_interval_ms`, `oldest_session`, `reclaim`.
 --
 -- Safe to send twice: it only defines, and what it gives may be done again.
@@ -32,11 +32,6 @@ local CREATED_S = ':created_s'
 local FEED_KEPT = 10000
 local CLASSES = {'pending:free', 'pending:held', 'processing:free', 'processing:held',
   'complete:free', 'complete:held', 'error:free', 'error:held'}
-
-local function store_time_ms()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-end
 
 local function feed(kind, id, ...)
   -- An event for others must not fail what it tells of.
@@ -108,17 +103,38 @@ local function leave(id, entry)
   end
 end
 
+-- The steps that are marked in one or the other.
+local function marks_of_both(one, other)
+  if one == other or other == '' then
+    return one
+  end
+  local both = {}
+  for step = 1, math.max(#one, #other) do
+    both[step] = (string.byte(one, step) == 49 or string.byte(other, step) == 49) and '1' or '0'
+  end
+  return table.concat(both)
+end
+
 -- Put a session where it belongs. `entry` holds created, class, ended, ever, changes, fed, workspace,
 -- user, activity, deadline, catalogue, and saved_at(step) in Unix ms; all but the last are strings.
-local function place(id, entry)
+-- `is_there` tells that it stands in the set of its class, and so in the others too unless something
+-- else than its class has changed.
+local function place(id, entry, is_there)
   local before = read_entry(id)
   if before then
-    leave(id, before)
+    entry.ever = marks_of_both(entry.ever, before.ever)
   else
     redis.call('HINCRBY', ENTRIES, CREATED_S, string.format('%d', entry.created / 1000))
   end
-  for _, each in ipairs(places_of(id, entry)) do
-    redis.call('ZADD', INDEX .. each[1], each[3], each[2])
+  local stays = is_there and before and before.class == entry.class and before.ended == entry.ended
+    and before.workspace == entry.workspace and before.user == entry.user
+  if not stays then
+    if before then
+      leave(id, before)
+    end
+    for _, each in ipairs(places_of(id, entry)) do
+      redis.call('ZADD', INDEX .. each[1], each[3], each[2])
+    end
   end
   redis.call('ZADD', DEADLINES, entry.deadline, id)
   redis.call('HSET', ENTRIES, id, table.concat({entry.created, entry.class, entry.ended, entry.ever,
@@ -154,7 +170,7 @@ local function facts_of(id)
 end
 
 local function count_live(now_ms)
-  return redis.call('ZCOUNT', DEADLINES, string.format('(%.0f', now_ms), '+inf')
+  return redis.call('ZCOUNT', DEADLINES, '(' .. whole(now_ms), '+inf')
 end
 
 -- How many sessions there may be; 0 = any number. What operators have set outweighs the default.
@@ -187,7 +203,7 @@ end
 
 -- Take out up to `most` sessions whose lifetime is over. Only without hash tags.
 local function reclaim(now_ms, most)
-  local past = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', string.format('%.0f', now_ms),
+  local past = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', whole(now_ms),
     'WITHSCORES', 'LIMIT', 0, most)
   for i = 1, #past, 2 do
     local id = past[i]

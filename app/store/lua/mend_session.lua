@@ -30,11 +30,10 @@ end
 redis.call('DEL', KEYS[1], KEYS[2])
 local first = 7 + lost
 local last = first - 1 + tonumber(ARGV[6 + lost])
-local time = redis.call('TIME')
-local deadline = string.format('%.0f', tonumber(time[1]) * 1000 + tonumber(ARGV[2]))
+local deadline = whole(store_time_ms() + tonumber(ARGV[2]))
 redis.call('HSET', KEYS[2], unpack(ARGV, first, last))
 redis.call('HSET', KEYS[2], 'mended_by', ARGV[1], 'updated_at', ARGV[3], 'deadline', deadline,
-  'changes', string.format('%.0f', (tonumber(ARGV[4]) or 0) + 1))
+  'changes', whole((tonumber(ARGV[4]) or 0) + 1))
 redis.call('HSET', KEYS[1], unpack(ARGV, last + 1))
 redis.call('PEXPIREAT', KEYS[1], deadline)
 redis.call('PEXPIREAT', KEYS[2], deadline)

@@ -1,3 +1,4 @@
+-- include clock.lua
 -- The parts of a session's large bodies: put before the scripts whose first line asks for it.
 --
 -- KEYS  none of its own

@@ -15,7 +15,7 @@ for i = 1, #found[2], 2 do
   local prefix = 'onboarding:' .. id .. ':'
   if id ~= CREATED_S and redis.call('EXISTS', prefix .. 'metadata', prefix .. 'progress') == 0 then
     unplace(id)
-    report_end(id, 'expired', 'lifetime', string.format('%.0f', store_time_ms()))
+    report_end(id, 'expired', 'lifetime', whole(store_time_ms()))
     removed = removed + 1
   end
 end

@@ -33,7 +33,7 @@ end
 place(id, {
   created = ARGV[2], class = 'pending:free', ended = '', ever = '', changes = '0', fed = '-',
   workspace = '', user = '', activity = ARGV[2], catalogue = ARGV[6],
-  deadline = string.format('%.0f', now_ms + tonumber(ARGV[3])),
+  deadline = whole(now_ms + tonumber(ARGV[3])),
   saved_at = function() return nil end,
 })
 return {'ok', unpack(victims)}

@@ -1,3 +1,4 @@
+-- include clock.lua
 -- Keep a part of a body that is on its way, under its session's deadline.
 --
 -- KEYS  1 progress, 2 ops, 3 the part
@@ -16,9 +17,7 @@ if redis.call('HGET', KEYS[2], 'part:' .. KEYS[3]) == 'kept' then
   -- A sending that was given up arrives after the body was placed.
   return {'ok'}
 end
-local time = redis.call('TIME')
-local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 redis.call('SET', KEYS[3], ARGV[1], 'PXAT', deadline)
-redis.call('HSET', KEYS[2], 'part:' .. KEYS[3], string.format('%.0f', now_ms + tonumber(ARGV[2])))
+redis.call('HSET', KEYS[2], 'part:' .. KEYS[3], whole(store_time_ms() + tonumber(ARGV[2])))
 redis.call('PEXPIREAT', KEYS[2], deadline)
 return {'ok'}

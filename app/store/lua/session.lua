@@ -32,10 +32,6 @@ local DEADLINE_STEPS = 168
 
 local now_ms = store_time_ms()
 
-local function whole(number)
-  return string.format('%.0f', number)
-end
-
 -- The memory of a session, in `ops`:
 --   <turn>:<operation>  its reply, a turn being 120 s long; looked up in this turn and the one before
 --   turn                the turn in which older ones were forgotten last
@@ -125,7 +121,8 @@ end
 local function keep_place()
   local is_held = state.held ~= '0' and string.find(state.saved, '1', 1, true)
   local class = state.status .. (is_held and ':held' or ':free')
-  if redis.call('ZADD', INDEX .. 'activity:' .. class, at_ms, SESSION) == 0 and placed then
+  local is_there = redis.call('ZADD', INDEX .. 'activity:' .. class, at_ms, SESSION) == 0
+  if is_there and placed then
     if moved then
       redis.call('ZADD', DEADLINES, deadline, SESSION)
     end
@@ -139,7 +136,7 @@ local function keep_place()
     saved_at = function(step)
       return redis.call('HGET', PROGRESS, 's' .. step)
     end,
-  })
+  }, is_there)
 end
 
 -- Forget operations of older turns, records that have had their time, parts of bodies that were

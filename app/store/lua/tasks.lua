@@ -1,3 +1,4 @@
+-- include clock.lua
 -- The lists that tasks stand in: put before the scripts whose first line asks for it.
 --
 -- A task is one entry in each of its lists, '<created_at in Unix ms, 16 digits>:<task id>'. A list
@@ -7,19 +8,14 @@
 -- KEYS  none of its own
 -- ARGV  none of its own
 --
--- Returns nothing: it gives `now_ms`, `whole`, `check_lists`, `enlist`, `delist` and `read_tasks`.
+-- Returns nothing: it gives `now_ms`, `check_lists`, `enlist`, `delist` and `read_tasks`.
 --
 -- Safe to send twice: it only defines, and reads the clock.
 
-local time = redis.call('TIME')
-local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local now_ms = store_time_ms()
 
 -- How many entries of expired tasks a list is rid of whenever one is added.
 local RID_OF = 100
-
-local function whole(number)
-  return string.format('%.0f', number)
-end
 
 -- A key that is no list fails here, before anything is written, and not after.
 local function check_lists(first)
