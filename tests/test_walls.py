@@ -77,6 +77,7 @@ INFRASTRUCTURE: dict[str, str] = {
     "onboarding/documents": "JSON that is kept exactly: one rule for HTTP and Python callers",
     "onboarding/idempotency": "what makes two requests the same, whatever they ask for",
     "services/background": "what is done again and again beside the requests",
+    "services/standin": "services by module-level names",
     "services/sweeper": "what every feature has cleaned up, by one process at a time",
     "services/reporter": "what a generator reports through, in any process",
     "store/client": "from an address to a client of the Redis library",

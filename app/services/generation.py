@@ -40,6 +40,7 @@ from app.onboarding.sessions import (
 from app.services.files import FileService, make_file_service
 from app.services.manager import make_manager
 from app.services.reporter import ProgressReporter
+from app.services.standin import stand_in
 from app.settings import load_settings
 from app.store.connect import connect
 from app.store.events import EventStore
@@ -276,19 +277,8 @@ def get_generation_service() -> GenerationService:
     return GenerationService(gateway, files)
 
 
-class _OfThisProcess(GenerationService):
-    """The service of this process, made when one of its methods is first called."""
-
-    def __init__(self) -> None:
-        """Make nothing yet: an import opens no store."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Asked for what __init__ would have set, and has not.
-        return getattr(get_generation_service(), name)
-
-
 # What callers import from here by name, for a worker or a REPL.
-_service = _OfThisProcess()
+_service = stand_in(GenerationService, get_generation_service)
 get_status = _service.get_status
 update_session_status = _service.update_session_status
 update_session_progress = _service.update_session_progress

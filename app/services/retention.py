@@ -43,6 +43,7 @@ from app.onboarding.sessions import (
 )
 from app.services.feed import Callback, FeedService
 from app.services.manager import TRIES
+from app.services.standin import stand_in
 from app.services.stats import make_stats_store
 from app.services.sweeper import Sweeper
 from app.services.tasks import TaskService
@@ -369,19 +370,8 @@ def get_retention_service() -> RetentionService:
     return make_retention_service(gateway, TaskService(gateway, settings.task_rules), settings)
 
 
-class _OfThisProcess(RetentionService):
-    """The service of this process, made when one of its methods is first called."""
-
-    def __init__(self) -> None:
-        """Make nothing yet: an import opens no store."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Asked for what __init__ would have set, and has not.
-        return getattr(get_retention_service(), name)
-
-
 # What callers import from here by name, for a worker or a REPL.
-_service = _OfThisProcess()
+_service = stand_in(RetentionService, get_retention_service)
 atomic_session_update = _service.atomic_session_update
 bulk_update_sessions = _service.bulk_update_sessions
 cleanup_completed_sessions = _service.cleanup_completed_sessions

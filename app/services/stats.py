@@ -20,6 +20,7 @@ from app.onboarding.stats import (
     view_stats,
     write_cursor,
 )
+from app.services.standin import stand_in
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
@@ -158,19 +159,8 @@ def get_stats_service() -> StatsService:
     return make_stats_service(connect(settings), settings)
 
 
-class _OfThisProcess(StatsService):
-    """The service of this process, made when one of its methods is first called."""
-
-    def __init__(self) -> None:
-        """Make nothing yet: an import opens no store."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Asked for what __init__ would have set, and has not.
-        return getattr(get_stats_service(), name)
-
-
 # What callers import from here by name, for a worker or a REPL.
-_service = _OfThisProcess()
+_service = stand_in(StatsService, get_stats_service)
 get_all_sessions_info = _service.get_all_sessions_info
 get_health_status = _service.get_health_status
 get_performance_stats = _service.get_performance_stats
