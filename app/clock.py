@@ -3,6 +3,9 @@
 import time
 from datetime import UTC, datetime
 
+LAST_MS = 253_402_300_799_999
+"""The last moment of the year 9999 in Unix milliseconds, beyond which no date can be written."""
+
 
 def now_ms() -> int:
     """Return the wall-clock time in Unix milliseconds."""

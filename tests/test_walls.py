@@ -63,13 +63,14 @@ IMPURE_MODULES = {
     *("socket", "ssl", "http", "urllib.request", "subprocess", "threading", "multiprocessing"),
     *("asyncio", "concurrent", "contextvars", "signal", "logging", "structlog", "importlib"),
 }
+PURE_CLOCK = {"app.clock.rfc3339", "app.clock.LAST_MS"}
 IMPURE_CALLS = {"open", "input", "print", "now", "utcnow", "today", "now_ms", "monotonic_s"}
 ASYNCHRONOUS = (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)
 
 FEATURES = {
     *("sessions", "steps", "progress", "catalogue", "exports", "generation", "tasks"),
     *("retention", "stats", "access", "limits", "assistant", "health", "events", "files", "jobs"),
-    "feed",
+    *("feed", "recovery"),
 }
 """The stems of the features: the same one in every ring."""
 
@@ -178,7 +179,7 @@ def impurities(path: str, source: str) -> list[str]:
         f"{path}:{line} imports {name}"
         for line, name in imports_of(source)
         if any(name == module or name.startswith(f"{module}.") for module in IMPURE_MODULES)
-        or (name.startswith("app.clock") and name != "app.clock.rfc3339")
+        or (name.startswith("app.clock") and name not in PURE_CLOCK)
     ]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ASYNCHRONOUS) or (

@@ -9,6 +9,7 @@ from app.api.calls import Call
 from app.api.generation import LanguageTag
 from app.api.operations import Answer, Body, Operation
 from app.errors import InvalidRequestError
+from app.onboarding.recovery import RecoveryView
 from app.onboarding.retention import (
     LONGEST_AGE_HOURS,
     LONGEST_INTERVAL_S,
@@ -18,7 +19,6 @@ from app.onboarding.retention import (
     BulkView,
     CleanupView,
     ConfigView,
-    RecoveryView,
 )
 from app.onboarding.sessions import SessionStatus
 

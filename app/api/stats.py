@@ -38,7 +38,8 @@ async def get_capacity_health(call: Call) -> Response:
 
 
 def _limit(text: str) -> int:
-    if text.isdecimal() and text.isascii() and 1 <= len(text) <= len(str(MAX_PAGE)):
+    is_number = text.isdecimal() and text.isascii() and len(text) <= len(str(MAX_PAGE))
+    if is_number and 1 <= int(text) <= MAX_PAGE:
         return int(text)
     fault = Fault(pointer="/limit", code="integer", detail=f"1 to {MAX_PAGE}")
     raise InvalidRequestError(f"limit is 1 to {MAX_PAGE}", [fault])

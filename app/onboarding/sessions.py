@@ -160,7 +160,8 @@ class Session:
     """A session read whole, its answers aside.
 
     `versions` and `saved_ms` (Unix milliseconds) are those of the saved steps. `changes` counts
-    what was changed since the session was made; two equal counts are two equal sessions.
+    what was changed since the session was made; two equal counts are two equal sessions. The export
+    of one that was recovered may be lost, which is no damage any more.
     """
 
     session_id: str
@@ -170,6 +171,7 @@ class Session:
     changes: int
     versions: dict[int, int]
     saved_ms: dict[int, int]
+    is_export_lost: bool = False
 
 
 def view_session(session_id: str, owner: Owner, state: State) -> SessionView:

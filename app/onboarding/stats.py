@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from typing_extensions import TypedDict
 
 from app.clock import rfc3339
-from app.errors import InvalidRequestError
+from app.errors import Fault, InvalidRequestError
 from app.onboarding.progress import Progress
 from app.onboarding.retention import HOUR_MS, SessionFacts
 from app.onboarding.sessions import SessionStatus
@@ -166,8 +166,10 @@ def view_health(
     )
 
 
-def view_row(facts: SessionFacts, workspace: str, user: str, now_ms: int) -> SessionRow:
-    """Describe a session in a list, without its progress."""
+def view_row(
+    facts: SessionFacts, workspace: str, user: str, progress: Progress | None, now_ms: int
+) -> SessionRow:
+    """Describe a session in a list."""
     return SessionRow(
         session_id=facts.session_id,
         status=facts.status.value,
@@ -176,7 +178,7 @@ def view_row(facts: SessionFacts, workspace: str, user: str, now_ms: int) -> Ses
         created_at=rfc3339(facts.created_ms),
         last_activity=rfc3339(facts.activity_ms),
         age_hours=_hours(now_ms - facts.created_ms),
-        progress=None,
+        progress=progress,
     )
 
 
@@ -247,7 +249,9 @@ def parse_cursor(cursor: str) -> str:
     except ValueError:
         text = ""
     if not _MOMENT.fullmatch(text):
-        raise InvalidRequestError("cursor is the next_cursor of the page before")
+        detail = "The next_cursor of the page before, as it came"
+        fault = Fault(pointer="/cursor", code="cursor", detail=detail)
+        raise InvalidRequestError("cursor is the next_cursor of the page before", [fault])
     return text
 
 

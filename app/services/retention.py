@@ -17,6 +17,7 @@ from app.errors import (
     SessionNotFoundError,
 )
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.recovery import RecoveryView
 from app.onboarding.retention import (
     MAX_AT_ONCE,
     BulkFailure,
@@ -24,7 +25,6 @@ from app.onboarding.retention import (
     CleanupView,
     ConfigView,
     DeleteReason,
-    RecoveryView,
     Since,
     Terms,
     check_config,
@@ -48,8 +48,10 @@ from app.services.stats import make_stats_store
 from app.services.sweeper import Sweeper
 from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
+from app.store.catalogue import CatalogueStore
 from app.store.connect import connect
 from app.store.gateway import Gateway
+from app.store.recovery import RecoveryStore
 from app.store.retention import RetentionStore
 from app.store.sessions import SessionChangedError, SessionStore
 
@@ -95,9 +97,9 @@ class RetentionService:
         self._gateway = gateway
         self._store = store
         self._sessions = SessionStore(gateway)
+        self._recovery = RecoveryStore(gateway, CatalogueStore(gateway, catalogue))
         self._sweeper = sweeper
         self._feed = FeedService(gateway)
-        self._catalogue = catalogue
         self._defaults = defaults
 
     # --- Changes of sessions ----------------------------------------------------------------------
@@ -181,9 +183,7 @@ class RetentionService:
         check_session_id(session_id)
         for _ in range(TRIES):
             try:
-                remains = await self._store.recover(
-                    session_id, pin=self._catalogue.pin, total=self._catalogue.total, at_ms=now_ms()
-                )
+                remains = await self._recovery.recover(session_id, at_ms=now_ms())
             except SessionChangedError:
                 continue
             kept, lost = ([], ["everything"]) if remains is None else (remains.kept, remains.lost)
@@ -344,7 +344,7 @@ def make_retention_service(
     gateway: Gateway, tasks: TaskService, settings: Settings
 ) -> RetentionService:
     """Make a service over a gateway, by the settings."""
-    store = RetentionStore(gateway)
+    store = RetentionStore(gateway, steps=settings.catalogue.total)
     sweeper = Sweeper(
         store,
         make_stats_store(gateway, settings),

@@ -1,11 +1,10 @@
 """Sessions listed and counted, for operators."""
 
-import asyncio
 from functools import cache
 from typing import Any
 
 from app.clock import now_ms
-from app.errors import InvalidRequestError, SessionNotFoundError
+from app.errors import InvalidRequestError
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.sessions import SessionStatus, parse_status
 from app.onboarding.stats import (
@@ -24,7 +23,7 @@ from app.services.standin import stand_in
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from app.store.stats import Listed, StatsStore
+from app.store.stats import StatsStore
 
 __all__ = [
     "StatsService",
@@ -35,9 +34,6 @@ __all__ = [
     "get_sessions_by_status",
     "get_stats_service",
 ]
-
-READ_AT_ONCE = 16
-"""How many sessions of a page are read at a time."""
 
 
 class StatsService:
@@ -77,21 +73,8 @@ class StatsService:
             user=user_id or "",
         )
         at_ms = now_ms()
-        turn = asyncio.Semaphore(READ_AT_ONCE)
-
-        async def describe(each: Listed) -> SessionRow | None:
-            row = view_row(each.facts, each.workspace, each.user, at_ms)
-            try:
-                async with turn:
-                    row["progress"] = await self._store.read_progress(each.facts.session_id)
-            except SessionNotFoundError:
-                await self._store.repair(each.facts.session_id)
-                return None
-            return row
-
-        rows = await asyncio.gather(*(describe(each) for each in listed))
         return SessionPage(
-            sessions=[row for row in rows if row is not None],
+            sessions=[view_row(*each, at_ms) for each in listed],
             next_cursor=write_cursor(place) if place else None,
         )
 

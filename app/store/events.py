@@ -40,7 +40,7 @@ class EventStore:
         """Read the events after an id, the first `most` of them (None: all)."""
         reply = await self._read(session_id, after, most, [], [])
         key = self._keys.session(session_id).events
-        return Passage([_event(key, *each) for each in reply.values[5]], _extent(reply))
+        return Passage([read_event(key, *each) for each in reply.values[5]], _extent(reply))
 
     async def get_scene(self, session_id: str) -> Scene:
         """Read how a session is."""
@@ -88,7 +88,8 @@ def _extent(reply: Reply) -> Extent:
     )
 
 
-def _event(key: str, event_id: bytes, fields: Sequence[bytes]) -> EventView:
+def read_event(key: str, event_id: bytes, fields: Sequence[bytes]) -> EventView:
+    """Read an entry of a log, which is `key`. Raises `CorruptRecordError`."""
     try:
         texts = [part.decode() for part in fields]
         parsed = parse_event_id(event_id.decode()) or EventId(0, 0)

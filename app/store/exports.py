@@ -37,7 +37,7 @@ class ExportStore:
         if stored is None:
             # No session, never finalized, or lost: only a look at both at once can tell.
             session, [stored] = await self._sessions.get_with(session_id, [key])
-            if session.state.revision == 0:
+            if session.state.revision == 0 or session.is_export_lost:
                 return None
         return self._recognise(key, stored)
 

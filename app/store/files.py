@@ -102,7 +102,7 @@ class FileStore:
                 raise BodyLostError
             case "superseded":
                 raise RunSupersededError
-        return _read_info(keys.body(kind), reply.values[0])
+        return read_info(keys.body(kind), reply.values[0])
 
     async def get(self, session_id: str, kind: FileKind) -> Body | None:
         """Read what is known of a body, with its first part; None when there is none."""
@@ -116,7 +116,7 @@ class FileStore:
             case "body_not_found":
                 return None
         pairs, first = reply.values
-        return Body(_read_info(keys.body(kind), pairs), first)
+        return Body(read_info(keys.body(kind), pairs), first)
 
     async def get_part(
         self, session_id: str, kind: FileKind, info: FileInfo, number: int
@@ -165,7 +165,8 @@ def body_keys(keys: SessionKeys, kind: FileKind, info: FileInfo) -> list[str]:
     return [keys.body(kind), *parts]
 
 
-def _read_info(key: str, pairs: Sequence[bytes]) -> FileInfo:
+def read_info(key: str, pairs: Sequence[bytes]) -> FileInfo:
+    """Read what is known of a body, which is `key`. Raises `CorruptRecordError`."""
     try:
         fields = {
             name.decode(): value.decode()

@@ -72,6 +72,9 @@ class Keys:
         self._prefix = "onboarding:{%s}:" if hash_tag else "onboarding:%s:"
         self._index = f"onboarding:index:{'{sessions}' if hash_tag else 'sessions'}:"
 
+    session_prefix = "onboarding:"
+    """What comes before the id of a session, where keys have no hash tags."""
+
     def index(self, part: str) -> str:
         """A part of the index of all sessions; `lua/index.lua` tells what each one holds."""
         return self._index + part

@@ -1,23 +1,19 @@
 """What ends sessions before their lifetime does: who may be removed, who sweeps, what is set."""
 
-import os
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from app.errors import SessionNotFoundError
 from app.onboarding.retention import (
-    STREAM,
     DeleteReason,
-    Remains,
     SessionFacts,
     Since,
     Terms,
-    plan_recovery,
 )
 from app.onboarding.sessions import SessionStatus
 from app.store.gateway import Argument, Gateway
 from app.store.index import SessionIndex
-from app.store.sessions import SessionChangedError, SessionStore
+from app.store.sessions import SessionStore
 from app.store.stats import CLASSES, read_listed
 
 LISTED_AT_ONCE = 200
@@ -34,8 +30,10 @@ class Config(NamedTuple):
 class RetentionStore:
     """Finds sessions that may go, lends the right to sweep, keeps what operators have set."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, *, steps: int = 0) -> None:
+        """Take the way to the store; sessions are looked through for at least so many steps."""
         self._gateway = gateway
+        self._steps = steps
         self._keys = gateway.keys
         self._entries = [gateway.keys.index("entries")]
         self._config = gateway.keys.index("config")
@@ -71,7 +69,7 @@ class RetentionStore:
         """
         try:
             return await self._sessions.delete(
-                session_id, 0, at_ms=at_ms, reason=reason, terms=terms
+                session_id, self._steps, at_ms=at_ms, reason=reason, terms=terms
             )
         except SessionNotFoundError:
             await self._index.remove(session_id, DeleteReason.LIFETIME, at_ms=at_ms)
@@ -134,52 +132,6 @@ class RetentionStore:
         if absent:
             await self._gateway.command("HDEL", self._config, *absent)
 
-    # --- Damaged sessions -------------------------------------------------------------------------
-
-    async def recover(self, session_id: str, *, pin: str, total: int, at_ms: int) -> Remains | None:
-        """Keep what can be read of a session, and remove the rest; None when nothing can be read.
-
-        `pin` and `total` are those of the catalogue that is assumed where the session does not say.
-        The session is removed when nothing is left. Raises `SessionNotFoundError`, and
-        `SessionChangedError` when it changed meanwhile.
-        """
-        keys = self._keys.session(session_id)
-        reply = await self._gateway.evaluate("read_remains", keys[:2], [total])
-        if not reply.values:
-            raise SessionNotFoundError
-        found = {name.decode(): _found(kind, value) for name, kind, value in reply.values}
-        remains = plan_recovery(found, pin=pin, total=total, now_ms=at_ms)
-        if remains is None:
-            await self._sessions.delete(
-                session_id, total, at_ms=at_ms, reason=DeleteReason.UNREADABLE
-            )
-            return None
-        progress = found.get("progress")
-        changes: bytes = progress.get(b"changes", b"") if isinstance(progress, dict) else b""
-        args: list[Argument] = [os.urandom(12).hex(), self._gateway.lifetime_ms, at_ms, changes]
-        args += [len(remains.lost), *remains.lost, 2 * len(remains.progress)]
-        for name, value in [*remains.progress.items(), *remains.owner.items()]:
-            args += [name, value]
-        mended = await self._gateway.evaluate("mend_session", keys[:4], args)
-        if mended.word == "changed":
-            raise SessionChangedError
-        await self._gateway.change(
-            "record_recovery", keys, args=[len(remains.kept), len(remains.lost)], at_ms=at_ms
-        )
-        return remains
-
 
 _END_OF_TIME_MS = 99_999_999_999_999
 """Later than any session, in Unix ms."""
-
-
-def _found(kind: bytes, value: Any) -> object:
-    match kind:
-        case b"string":
-            return value
-        case b"hash":
-            return dict(zip(value[::2], value[1::2], strict=True))
-        case b"stream":
-            return STREAM
-        case _:
-            return None

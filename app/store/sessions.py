@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from app.clock import LAST_MS
 from app.errors import (
     BodyLostError,
     CorruptRecordError,
@@ -352,10 +353,10 @@ def read_state(key: str, values: Sequence[bytes | None]) -> State:
             status=SessionStatus(status.decode()),
             saved=saved.decode(),
             highest=int(highest or b""),
-            created_ms=int(created or b""),
-            updated_ms=int(updated or b""),
-            deadline_ms=int(deadline or b""),
-            finalized_ms=int(finalized) if finalized else None,
+            created_ms=_time_ms(created),
+            updated_ms=_time_ms(updated),
+            deadline_ms=_time_ms(deadline),
+            finalized_ms=_time_ms(finalized) if finalized else None,
             revision=int(revision or b""),
             run_revision=int(run_revision or 0),
         )
@@ -369,14 +370,40 @@ def _session(
     metadata: Mapping[bytes, bytes],
     progress: Mapping[bytes, bytes],
 ) -> Session:
+    state, pin, changes, versions, saved_ms = read_versions(keys, progress)
+    owner = read_owner(keys, metadata)
+    is_export_lost = progress.get(b"export_lost") == b"1"
+    return Session(session_id, owner, state, pin, changes, versions, saved_ms, is_export_lost)
+
+
+class Versions(NamedTuple):
+    """What the whole progress of a session tells beside its state: see `Session`."""
+
+    state: State
+    pin: str
+    changes: int
+    versions: dict[int, int]
+    saved_ms: dict[int, int]
+
+
+def read_versions(keys: SessionKeys, progress: Mapping[bytes, bytes]) -> Versions:
+    """Read all fields of `progress`. Raises `CorruptRecordError`."""
     state = read_state(keys.progress, [progress.get(name.encode()) for name in STATE_FIELDS])
     marked = [step for step, mark in enumerate(state.saved, start=1) if mark == "1"]
     try:
-        versions = {step: int(progress[b"v%d" % step]) for step in marked}
-        saved_ms = {step: int(progress[b"s%d" % step]) for step in marked}
-        changes, pin = int(progress[b"changes"]), progress[b"catalogue"].decode()
+        return Versions(
+            state,
+            progress[b"catalogue"].decode(),
+            int(progress[b"changes"]),
+            {step: int(progress[b"v%d" % step]) for step in marked},
+            {step: _time_ms(progress[b"s%d" % step]) for step in marked},
+        )
     except (KeyError, ValueError):
         raise corrupt(keys.progress) from None
+
+
+def read_owner(keys: SessionKeys, metadata: Mapping[bytes, bytes]) -> Owner:
+    """Read the fields of `metadata`. Raises `CorruptRecordError`."""
     try:
         owner = Owner(
             workspace_id=_text(metadata.get(b"workspace_id")),
@@ -387,9 +414,9 @@ def _session(
         custom = orjson.loads(owner.custom)
     except (KeyError, ValueError):
         raise corrupt(keys.metadata) from None
-    if not isinstance(custom, dict):
+    if not isinstance(custom, dict) or not owner.language:
         raise corrupt(keys.metadata)
-    return Session(session_id, owner, state, pin, changes, versions, saved_ms)
+    return owner
 
 
 def _created(reply: Reply) -> Created:
@@ -428,6 +455,14 @@ def _flat(fields: Mapping[str, str | bytes]) -> list[str | bytes]:
 
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, Any]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _time_ms(value: bytes | None) -> int:
+    """Read a time in Unix ms. Raises `ValueError` for one that no calendar has."""
+    at_ms = int(value or b"")
+    if not 0 <= at_ms <= LAST_MS:
+        raise ValueError(at_ms)
+    return at_ms
 
 
 def _text(value: bytes | None) -> str | None:

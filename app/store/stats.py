@@ -1,16 +1,19 @@
 """Sessions listed and counted, from the index alone."""
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from app.errors import CorruptRecordError
+from app.errors import CorruptRecordError, SessionNotFoundError
 from app.onboarding.progress import Progress
 from app.onboarding.retention import STUCK_MS, SessionFacts
 from app.onboarding.sessions import SessionStatus
 from app.onboarding.stats import AGE_BOUNDS_MS, STUCK_SHOWN, Counts
-from app.store.gateway import Gateway, Reply
+from app.store.faults import corrupt
+from app.store.gateway import Argument, Gateway, Reply
 from app.store.index import SessionIndex
-from app.store.sessions import SessionStore
+from app.store.sessions import STATE_FIELDS, SessionStore, read_state
 
 CLASSES = tuple(f"{status}:{kind}" for status in SessionStatus for kind in ("free", "held"))
 """How the index divides the sessions: by status, and by whether answers were never exported."""
@@ -19,12 +22,20 @@ LOOKED_AT = 1000
 """How many sessions a page with a filter looks at, at most."""
 
 
+READ_AT_ONCE = 16
+"""How many sessions are read at a time where each lies in a slot of its own."""
+
+
 class Listed(NamedTuple):
-    """A session in the index; `workspace` and `user` are empty where it has none."""
+    """A session in the index; `workspace` and `user` are empty where it has none.
+
+    `progress` is None where it cannot be read.
+    """
 
     facts: SessionFacts
     workspace: str
     user: str
+    progress: Progress | None = None
 
 
 class Occupancy(NamedTuple):
@@ -47,6 +58,7 @@ class StatsStore:
         self._entries = [gateway.keys.index("entries")]
         self._index = SessionIndex(gateway)
         self._sessions = SessionStore(gateway)
+        self._turn = asyncio.Semaphore(READ_AT_ONCE)
         self._max_sessions = max_sessions
         self._interval_ms = int(interval_s * 1000)
 
@@ -96,7 +108,8 @@ class StatsStore:
         """List sessions, newest first, after a place ("" = from the newest).
 
         Gives the place of the last one that was looked at, "" at the end. Where a filter leaves
-        few, a page may be shorter than `limit` although there are more.
+        few, a page may be shorter than `limit` although there are more. One round trip; another one
+        for each session that is not where the index has it, or where keys have hash tags.
         """
         if user:
             sets = [f"user:{user}"]
@@ -106,27 +119,42 @@ class StatsStore:
             sets = [f"created:{each}" for each in CLASSES if status is None or _is(each, status)]
         statuses = "" if status is None else f"|{status}|"
         looked_at = LOOKED_AT if user or workspace else limit
-        reply = await self._gateway.evaluate(
-            "page_sessions",
-            self._entries,
-            [after, limit, looked_at, statuses, workspace, user, *sets],
-        )
+        prefix = "" if self._keys.hash_tag else self._keys.session_prefix
+        args: list[Argument] = [after, limit, looked_at, statuses, workspace, user]
+        args += [prefix, len(STATE_FIELDS), *STATE_FIELDS, *sets]
+        reply = await self._gateway.evaluate("page_sessions", self._entries, args)
         place, *rows = reply.values
-        return [_listed(row) for row in rows], place.decode()
-
-    async def read_progress(self, session_id: str) -> Progress | None:
-        """Say how far a session is; None when that cannot be read.
-
-        Raises `SessionNotFoundError` when it is not there any more.
-        """
-        try:
-            return (await self._sessions.get_state(session_id)).progress
-        except CorruptRecordError:
-            return None
+        read = self._read_apart if self._keys.hash_tag else self._read_beside
+        listed = await asyncio.gather(*(read(row) for row in rows))
+        return [each for each in listed if each is not None], place.decode()
 
     async def repair(self, session_id: str) -> None:
-        """Put a session that was found elsewhere than the index says where it belongs."""
+        """Put a session where it belongs in the index, or take it out when it is gone."""
         await self._index.follow_all([session_id])
+
+    async def _read_beside(self, row: Sequence[Any]) -> Listed | None:
+        listed, values = _listed(row), row[7]
+        key = self._keys.session(listed.facts.session_id).progress
+        if isinstance(values, list) and not any(values):
+            await self.repair(listed.facts.session_id)
+            return None
+        with suppress(CorruptRecordError):
+            if not isinstance(values, list):
+                raise corrupt(key)
+            listed = listed._replace(progress=read_state(key, values).progress)
+        return listed
+
+    async def _read_apart(self, row: Sequence[Any]) -> Listed | None:
+        listed = _listed(row)
+        try:
+            async with self._turn:
+                state = await self._sessions.get_state(listed.facts.session_id)
+        except SessionNotFoundError:
+            await self.repair(listed.facts.session_id)
+            return None
+        except CorruptRecordError:
+            return listed
+        return listed._replace(progress=state.progress)
 
     async def used_memory(self) -> int | None:
         """Ask how much memory the store uses, in bytes; None when it does not say."""
@@ -143,7 +171,9 @@ def read_listed(reply: Reply) -> list[SessionFacts]:
 
 
 def _listed(row: Sequence[Any]) -> Listed:
-    session_id, created, class_, ended, activity, workspace, user = (part.decode() for part in row)
+    session_id, created, class_, ended, activity, workspace, user = (
+        part.decode() for part in row[:7]
+    )
     status, _, kind = class_.partition(":")
     facts = SessionFacts(
         session_id=session_id,

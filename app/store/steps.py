@@ -229,7 +229,7 @@ class StepStore:
         if reply.word == "draft_not_found":
             return None
         _check_done(reply, step_id)
-        return _decode_draft(step_id, key, reply)
+        return decode_draft(step_id, key, *reply.values)
 
     async def delete_draft(self, session_id: str, step_id: int, *, at_ms: int) -> Draft | None:
         """Drop a draft and return it, or None when it was damaged.
@@ -241,7 +241,7 @@ class StepStore:
         reply = await self._gateway.change("delete_draft", keys, [key], [step_id], at_ms=at_ms)
         _check_done(reply, step_id)
         try:
-            return _decode_draft(step_id, key, reply)
+            return decode_draft(step_id, key, *reply.values)
         except CorruptRecordError:
             return None
 
@@ -257,8 +257,8 @@ def decode_step(step_id: int, key: str, stored: bytes | None) -> StoredStep:
     return StoredStep(int(found["version"]), found["at"].decode(), found["data"], found[0])
 
 
-def _decode_draft(step_id: int, key: str, reply: Reply) -> Draft:
-    stored, version = reply.values
+def decode_draft(step_id: int, key: str, stored: bytes, version: bytes) -> Draft:
+    """Recognise a stored draft; `version` is the saved step's. Raises `CorruptRecordError`."""
     found = _DRAFT.fullmatch(stored)
     if not found or not _is_object(found["data"]):
         raise corrupt(key, f"the draft of step {step_id}")

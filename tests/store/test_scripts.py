@@ -228,7 +228,7 @@ async def drive_index(session: Session) -> None:
     assert await session.call("place_session", entries, place) == "superseded"
     due: list[Argument] = ["created", "pending:held", AT_MS, 0, 10]
     assert await session.call("list_due", entries, due) == "ok"
-    page: list[Argument] = ["", 10, 10, "", "", "", "workspace:w"]
+    page: list[Argument] = ["", 10, 10, "", "", "", "onboarding:", 1, "status", "workspace:w"]
     assert await session.call("page_sessions", entries, page) == "ok"
     assert await session.call("count_sessions", entries, [0, PIN, AT_MS]) == "ok"
     assert await session.call("count_capacity", entries, [0, AT_MS, 10, 1000]) == "ok"
@@ -244,10 +244,11 @@ async def drive_index(session: Session) -> None:
     assert await session.call("finish_sweep", entries, ["you", 0, 0]) == "lost"
     assert await session.call("finish_sweep", entries, ["me", 0, 0]) == "ok"
     assert await session.call("claim_sweep", entries, ["you", 9_000, 9_000, ""]) == "not_due"
-    assert await session.call("read_remains", of_session[:2], [3]) == "ok"
+    assert await session.call("read_remains", of_session, [3]) == "ok"
     await session.gateway.command("HSET", session.keys.progress, "changes", 5)
     assert await session.call("read_facts", of_session, ["-"]) == "damaged"
-    mend: list[Argument] = ["op", 600_000, AT_MS, 5, 1, "step:1", 2, "saved", "000", "custom", "{}"]
+    mend: list[Argument] = ["op", 600_000, AT_MS, 5, 1, "step:1", 0, 2, "saved", "000"]
+    mend += ["custom", "{}"]
     hashes = list(session.keys[:4])
     assert await session.call("mend_session", hashes, [*mend[:3], 4, *mend[4:]]) == "changed"
     assert await session.call("mend_session", hashes, mend) == "ok"

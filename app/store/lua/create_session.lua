@@ -36,7 +36,7 @@ if limit > 0 then
     if not victim then
       return {'capacity_reached', unpack(evicted)}
     end
-    erase('onboarding:' .. victim .. ':', 0, at_ms, 'evicted', 'capacity')
+    erase('onboarding:' .. victim .. ':', tonumber(ARGV[8]), at_ms, 'evicted', 'capacity')
     evicted[#evicted + 1] = victim
   end
 end

@@ -8,6 +8,8 @@
 --
 -- Safe to send twice: it only defines, and what is gone stays gone.
 
+local MOST_STEPS = 999
+
 -- Remove every key of the session `prefix`, damaged ones too, and tell who follows it. Looks for
 -- `steps` steps at least. Says how many keys there were. `kind` and `reason` are what the feed says.
 local function erase(prefix, steps, at_ms, kind, reason)
@@ -21,7 +23,8 @@ local function erase(prefix, steps, at_ms, kind, reason)
   end
 
   local saved = redis.pcall('HGET', prefix .. 'progress', 'saved')
-  for step = 1, math.max(type(saved) == 'string' and #saved or 0, steps) do
+  -- Where the session does not say how many there are, there may be as many as in any catalogue.
+  for step = 1, math.max(type(saved) == 'string' and #saved or MOST_STEPS, steps) do
     keys[#keys + 1] = prefix .. 'step:' .. step
     keys[#keys + 1] = prefix .. 'draft:' .. step
   end

@@ -40,7 +40,8 @@ end
 redis.call('SET', KEYS[5], ARGV[7], 'PXAT', deadline)
 local revision = whole(tonumber(state.revision) + 1)
 state.held = '0'
-change('finalized_at', at_ms, 'revision', revision, 'held', state.held)
+change('finalized_at', at_ms, 'revision', revision, 'held', state.held,
+  'export_lost', '0')
 record('finalized', 'revision', revision)
 if ARGV[8] ~= '' then
   -- What is older than a session lives waits for nobody any more.

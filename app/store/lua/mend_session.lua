@@ -4,8 +4,8 @@
 -- KEYS  1 metadata, 2 progress, 3 events, 4 ops
 -- ARGV  1 operation id, 2 lifetime in ms, 3 the caller's time in Unix ms, 4 count of changes that the
 --       session had when it was read ('' = none that could be read), 5 number of names of keys to
---       remove, then these, then number of values of the progress, then field and value of each, then
---       field and value of the metadata
+--       remove, then these, then number of ids of events to remove, then these, then number of values
+--       of the progress, then field and value of each, then field and value of the metadata
 --
 -- Returns {'ok'}, {'changed'} when 4 does not hold any more
 --
@@ -20,18 +20,37 @@ if (type(changes) == 'string' and changes or '') ~= ARGV[4] then
 end
 
 local prefix = string.sub(KEYS[2], 1, -#'progress' - 1)
-local lost = tonumber(ARGV[5])
-for i = 6, 5 + lost do
+local at = 5 + tonumber(ARGV[5])
+for i = 6, at do
   for _, part in ipairs(parts_of(prefix .. ARGV[i])) do
     redis.call('DEL', part)
   end
   redis.call('DEL', prefix .. ARGV[i])
 end
 redis.call('DEL', KEYS[1], KEYS[2])
-local first = 7 + lost
-local last = first - 1 + tonumber(ARGV[6 + lost])
+
+local last_event = at + 1 + tonumber(ARGV[at + 1])
+for i = at + 2, last_event do
+  redis.call('XDEL', KEYS[3], ARGV[i])
+end
+-- A memory that says what no script has written would fail every write from now on.
+local memory = redis.pcall('HGETALL', KEYS[4])
+for i = 1, memory.err and 0 or #memory, 2 do
+  local kind, value = string.match(memory[i], '^(%a+):'), memory[i + 1]
+  local is_sound = value == 'kept' or tonumber(value) ~= nil
+  if kind == 'event' then
+    is_sound = string.find(value, '^%d+%-%d+$') ~= nil
+  elseif not kind and memory[i] ~= 'turn' then
+    is_sound = string.find(memory[i], '^%d+:') and pcall(cjson.decode, value)
+  end
+  if not is_sound then
+    redis.call('HDEL', KEYS[4], memory[i])
+  end
+end
+
 local deadline = whole(store_time_ms() + tonumber(ARGV[2]))
-redis.call('HSET', KEYS[2], unpack(ARGV, first, last))
+local last = last_event + 1 + tonumber(ARGV[last_event + 1])
+redis.call('HSET', KEYS[2], unpack(ARGV, last_event + 2, last))
 redis.call('HSET', KEYS[2], 'mended_by', ARGV[1], 'updated_at', ARGV[3], 'deadline', deadline,
   'changes', whole((tonumber(ARGV[4]) or 0) + 1))
 redis.call('HSET', KEYS[1], unpack(ARGV, last + 1))

@@ -1,21 +1,23 @@
 -- include index.lua
--- List a page of sessions, the newest first.
+-- List a page of sessions, the newest first, with what is kept of their progress beside the index.
 --
 -- KEYS  1 entries
 -- ARGV  1 place after which to go on ('' = from the newest), 2 how many to list at most, 3 how many
 --       to look at at most, 4 statuses as '|pending|error|' ('' = any), 5 workspace ('' = any),
---       6 user ('' = any), from 7 the sets that together hold them all
+--       6 user ('' = any), 7 how the keys of sessions begin ('' = they lie elsewhere), 8 number of
+--       fields of the progress to read, then these, then the sets that together hold all sessions
 --
 -- Returns {'ok', place of the last one looked at ('' = there are no more), {session, created in Unix
 --          ms, class, end of the generation in Unix ms or '', last activity in Unix ms, workspace,
---          user}, ...}
+--          user, {value, ...} of the progress or 'damaged'}, ...}
 --
 -- Safe to send twice: it reads.
 
 local wanted, looked_at = tonumber(ARGV[2]), tonumber(ARGV[3])
 local latest = ARGV[1] == '' and '+' or '(' .. ARGV[1]
 local moments, is_more = {}, false
-for i = 7, #ARGV do
+local last_field = 8 + tonumber(ARGV[8])
+for i = last_field + 1, #ARGV do
   local found = redis.call('ZREVRANGEBYLEX', INDEX .. ARGV[i], latest, '-', 'LIMIT', 0, looked_at)
   is_more = is_more or #found == looked_at
   for _, moment in ipairs(found) do
@@ -37,6 +39,11 @@ for i, moment in ipairs(moments) do
   if (ARGV[4] == '' or string.find(ARGV[4], '|' .. status .. '|', 1, true))
     and (ARGV[5] == '' or facts[6] == ARGV[5]) and (ARGV[6] == '' or facts[7] == ARGV[6])
     and tonumber(redis.call('ZSCORE', DEADLINES, id) or 0) > now_ms then
+    facts[8] = {}
+    if ARGV[7] ~= '' then
+      local found = redis.pcall('HMGET', ARGV[7] .. id .. ':progress', unpack(ARGV, 9, last_field))
+      facts[8] = found.err and 'damaged' or found
+    end
     reply[#reply + 1] = facts
   end
 end

@@ -1,29 +1,40 @@
+-- include parts.lua
 -- Read whatever there is of a session, whole or not.
 --
--- KEYS  1 metadata, 2 progress
+-- KEYS  1 metadata, 2 progress, 3 events
 -- ARGV  1 number of steps to look for at least
 --
--- Returns {'ok', {name of the key without the session's prefix, its type, its value}, ...}; the value
---         of a string, the fields and values of a hash, '' of anything else
+-- Returns {'ok', {name of the key without the session's prefix, its type, its value}, ...}: of a
+--         string the value, of a hash fields and values, of a stream entries; a body of which parts
+--         are gone has the type 'partial', and what is nothing that a session has, no value
 --
 -- Safe to send twice: it reads.
 
 local prefix = string.sub(KEYS[2], 1, -#'progress' - 1)
 local names = {'metadata', 'progress', 'events', 'ops', 'export', 'result', 'upload'}
 local saved = redis.pcall('HGET', KEYS[2], 'saved')
-for step = 1, math.max(type(saved) == 'string' and #saved or 0, tonumber(ARGV[1])) do
+local steps = math.max(type(saved) == 'string' and #saved or 0, tonumber(ARGV[1]))
+for step = 1, math.min(steps, 999) do
   names[#names + 1] = 'step:' .. step
   names[#names + 1] = 'draft:' .. step
 end
 local reply = {'ok'}
 for _, name in ipairs(names) do
-  local kind = redis.call('TYPE', prefix .. name).ok
+  local key = prefix .. name
+  local kind = redis.call('TYPE', key).ok
+  local value = ''
   if kind == 'string' then
-    reply[#reply + 1] = {name, kind, redis.call('GET', prefix .. name)}
+    value = redis.call('GET', key)
   elseif kind == 'hash' then
-    reply[#reply + 1] = {name, kind, redis.call('HGETALL', prefix .. name)}
-  elseif kind ~= 'none' then
-    reply[#reply + 1] = {name, kind, ''}
+    value = redis.call('HGETALL', key)
+    for _, part in ipairs((name == 'result' or name == 'upload') and parts_of(key) or {}) do
+      kind = redis.call('EXISTS', part) == 1 and kind or 'partial'
+    end
+  elseif kind == 'stream' then
+    value = redis.call('XRANGE', key, '-', '+')
+  end
+  if kind ~= 'none' then
+    reply[#reply + 1] = {name, kind, value}
   end
 end
 return reply
