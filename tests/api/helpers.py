@@ -59,6 +59,7 @@ STATUSES = {
     "idempotency_mismatch": 422,
     "corrupt_record": 500,
     "store_unavailable": 503,
+    "capacity_reached": 503,
     "store_full": 503,
     "deadline_exceeded": 504,
 }

@@ -115,6 +115,18 @@ async def test_an_upload_begins_a_session_of_nobody_with_the_file(
     assert {await raw.pttl(key) > 0 for key in await keys_of(raw, session_id)} == {True}
 
 
+async def test_a_file_for_which_there_is_no_session_any_more_leaves_nothing(
+    serve: Callable[..., Any], raw: Redis
+) -> None:
+    api = await serve(max_sessions=1)
+    await uploaded(api, form(file_field(b"content")))
+    before = await left(raw)
+    refused = await send(api, form(file_field(b"content")))
+    problem_of(refused, "capacity_reached")
+    assert int(refused.headers["retry-after"]) > 0
+    assert await left(raw) == before
+
+
 async def test_a_session_with_a_file_is_one_like_any_other(api: AsyncClient, raw: Redis) -> None:
     session_id = await uploaded(api, form(file_field(b"x" * (PART_BYTES + 1))))
     answer_of(await SAVE.send(api, session_id))
