@@ -106,7 +106,7 @@ INFRASTRUCTURE: dict[str, str] = {
 """The modules that serve every feature, with the reason why each is none."""
 
 INCLUDE = re.compile(r"-- include (\w+)\.lua\n")
-"""How the first line of a script asks for another file."""
+"""How the first lines of a script ask for other files."""
 
 NAMELESS = {"core", "common", "util", "utils", "helper", "helpers", "lib", "base", "misc"}
 """Names that say nothing about what is inside."""
@@ -215,6 +215,12 @@ def strangers(path: str, _: str = "") -> list[str]:
     return [] if known else [f"{path} is part of no feature"]
 
 
+def asked_for(text: str) -> list[str]:
+    """Give the files that the first lines of a script ask for."""
+    first = re.match(rf"(?:{INCLUDE.pattern})*", text)
+    return INCLUDE.findall(first[0]) if first else []
+
+
 def orphans(scripts: Mapping[str, str], sources: Iterable[str]) -> list[str]:
     """Find Lua scripts, given by name and text, that nobody loads.
 
@@ -229,7 +235,7 @@ def orphans(scripts: Mapping[str, str], sources: Iterable[str]) -> list[str]:
     }
     while True:
         texts = [text for name, text in scripts.items() if name in loaded]
-        asked = {found[1] for text in texts if (found := INCLUDE.match(text))}
+        asked = {name for text in texts for name in asked_for(text)}
         if asked <= loaded:
             return sorted(scripts.keys() - loaded)
         loaded |= asked

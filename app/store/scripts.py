@@ -20,13 +20,20 @@ class Script:
 
 @cache
 def load_script(name: str) -> Script:
-    """Load `lua/<name>.lua`, with the file before it that its first line asks for."""
-    text = _read(name)
+    """Load `lua/<name>.lua`, after the files that its first lines ask for, each of them once."""
+    texts: dict[str, str] = {}
+    _gather(name, texts)
+    text = "".join(texts.values())
     # SHA-1 is the name that EVALSHA takes; nothing is protected by it.
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def _read(name: str) -> str:
+def _gather(name: str, texts: dict[str, str]) -> None:
+    if name in texts:
+        return
     text = files("app.store").joinpath("lua", f"{name}.lua").read_text("utf-8")
-    asked = _INCLUDE.match(text)
-    return _read(asked[1]) + text if asked else text
+    at = 0
+    while asked := _INCLUDE.match(text, at):
+        _gather(asked[1], texts)
+        at = asked.end()
+    texts[name] = text

@@ -21,20 +21,20 @@ INCLUDE = re.compile(r"-- include (\w+)\.lua\n")
 WORD = re.compile(r"\{'([^']*)'")
 
 
-def included_by(name: str) -> str | None:
-    """The file that a script asks for in its first line."""
-    asked = INCLUDE.match(SOURCES[name])
-    return asked[1] if asked else None
+def included_by(name: str) -> list[str]:
+    """The files that a script asks for in its first lines."""
+    found = re.match(rf"(?:{INCLUDE.pattern})*", SOURCES[name])
+    return INCLUDE.findall(found[0]) if found else []
 
 
-OPENINGS = {asked for name in SOURCES if (asked := included_by(name))}
+OPENINGS = {asked for name in SOURCES for asked in included_by(name)}
 """The files that are put before others; the rest are scripts that can be called."""
 
 SCRIPTS = sorted(SOURCES.keys() - OPENINGS)
 
 
 def body_of(name: str) -> str:
-    return INCLUDE.sub("", SOURCES[name], count=1)
+    return INCLUDE.sub("", SOURCES[name], count=len(included_by(name)))
 
 
 def contract_of(name: str) -> str:
@@ -87,9 +87,9 @@ class TestEveryScriptOpensWithItsContract:
 
 
 def files_of(name: str) -> list[str]:
-    """The files that make up a script, in their order."""
-    asked = included_by(name)
-    return [*(files_of(asked) if asked else []), name]
+    """The files that make up a script, in their order, each once."""
+    found = [file for asked in included_by(name) for file in files_of(asked)]
+    return list(dict.fromkeys([*found, name]))
 
 
 def test_an_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_their_text() -> None:
@@ -100,12 +100,15 @@ def test_an_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_thei
     assert len({load_script(name).sha for name in SOURCES}) == len(SOURCES)
 
 
-def test_an_opening_may_ask_for_another_one() -> None:
+def test_an_opening_may_ask_for_others_and_each_stands_there_once() -> None:
     assert sorted(OPENINGS) == [
-        *("clock", "erase", "index", "parts", "session", "status", "tasks")
+        *("clock", "erase", "index", "parts", "room", "session", "status", "tasks")
     ]
     assert files_of("set_status") == [
-        *("clock", "parts", "index", "erase", "session", "status", "set_status")
+        *("clock", "parts", "index", "session", "status", "set_status")
+    ]
+    assert files_of("create_session") == [
+        *("clock", "parts", "index", "room", "erase", "session", "create_session")
     ]
     assert files_of("read_body") == ["clock", "parts", "read_body"]
     assert files_of("read_draft") == ["read_draft"]

@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Take the lease for a sweep, when one is due and nobody else has it.
 --
 -- KEYS  1 entries

@@ -1,4 +1,4 @@
--- The store's own clock: put before the scripts whose first line asks for it.
+-- The store's own clock: put before the scripts that ask for it.
 --
 -- KEYS  none of its own
 -- ARGV  none of its own

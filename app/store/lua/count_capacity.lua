@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Count what the health of the whole is judged by.
 --
 -- KEYS  1 entries

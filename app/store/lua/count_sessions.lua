@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Count the sessions in every way that operators ask for. The number of commands is the same for
 -- any number of sessions.
 --

@@ -1,3 +1,4 @@
+-- include erase.lua
 -- include session.lua
 -- Make a session that is not there yet, with the file that it begins with, if there is one, and
 -- where there is room, which may have to be made.

@@ -1,5 +1,6 @@
--- include index.lua
--- The end of a session: put before the scripts whose first line asks for it.
+-- include parts.lua
+-- include room.lua
+-- The end of a session: put before the scripts that ask for it.
 --
 -- KEYS  1 a key of a session
 -- ARGV  none of its own

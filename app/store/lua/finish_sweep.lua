@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Give the lease of a sweep back, and note what came of it.
 --
 -- KEYS  1 entries

@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- List sessions of one class, the oldest first, up to a moment.
 --
 -- KEYS  1 entries

@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- List a page of sessions, the newest first, with what is kept of their progress beside the index.
 --
 -- KEYS  1 entries

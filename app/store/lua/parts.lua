@@ -1,5 +1,5 @@
 -- include clock.lua
--- The parts of a session's large bodies: put before the scripts whose first line asks for it.
+-- The parts of a session's large bodies: put before the scripts that ask for it.
 --
 -- KEYS  none of its own
 -- ARGV  none of its own

@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Take sessions out of the index whose lifetime is over.
 --
 -- KEYS  1 entries

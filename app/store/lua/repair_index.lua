@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Take entries out of a part of the index that point at nothing. Only without hash tags.
 --
 -- KEYS  1 entries

@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Reserve room for a session that is about to be made in another slot.
 --
 -- KEYS  1 entries

@@ -1,5 +1,6 @@
--- include erase.lua
--- The opening of every script that changes a session: put before those whose first line asks for it.
+-- include parts.lua
+-- include index.lua
+-- The opening of every script that changes a session: put before those that ask for it.
 --
 -- It reads the clock and the session's state, recognises what was sent before, and gives the script
 -- its verbs: `change`, `record`, `place_anew`, `answer`.

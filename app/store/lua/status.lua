@@ -1,5 +1,5 @@
 -- include session.lua
--- The status of a generation: put before the scripts whose first line asks for it.
+-- The status of a generation: put before the scripts that ask for it.
 --
 -- KEYS  as session.lua
 -- ARGV  as session.lua

@@ -1,5 +1,5 @@
 -- include clock.lua
--- The lists that tasks stand in: put before the scripts whose first line asks for it.
+-- The lists that tasks stand in: put before the scripts that ask for it.
 --
 -- A task is one entry in each of its lists, '<created_at in Unix ms, 16 digits>:<task id>'. A list
 -- has two keys: a sorted set of entries whose scores are all 0, so that they stand in the order of

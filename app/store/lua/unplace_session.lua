@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Take a session out of the index that lies in another slot, and tell the feed what became of it.
 --
 -- KEYS  1 entries
