@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NotRequired
 
+import orjson
 from typing_extensions import TypedDict
 
 from app.clock import rfc3339
@@ -345,14 +347,19 @@ def plan_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Session
 
     Raises `InvalidRequestError` for a member that cannot be changed.
     """
-    missing = object()
-    names = before.keys() | after.keys()
     changed = {
         name: after.get(name)
-        for name in sorted(names)
-        if before.get(name, missing) != after.get(name, missing)
+        for name in sorted(before.keys() | after.keys())
+        if name not in before or name not in after or not _is_same(before[name], after[name])
     }
     return parse_changes(changed) if changed else None
+
+
+def _is_same(one: object, other: object) -> bool:
+    # As JSON: to Python, 1 and 1.0 and True are equal.
+    with suppress(TypeError):
+        return orjson.dumps(one, option=_SORTED) == orjson.dumps(other, option=_SORTED)
+    return False
 
 
 def is_own_string(text: str, longest: int) -> bool:
@@ -396,6 +403,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+_SORTED = orjson.OPT_SORT_KEYS
 _CHANGEABLE = ("status", "error_message", "language", "metadata", "user_id", "workspace_id")
 _OBJECTS = frozenset({"metadata"})
 _REMOVABLE = frozenset({"user_id", "workspace_id", "error_message"})

@@ -53,7 +53,7 @@ from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.recovery import RecoveryStore
 from app.store.retention import RetentionStore
-from app.store.sessions import SessionChangedError, SessionStore
+from app.store.sessions import SessionChangedError, SessionStore, Updated
 
 __all__ = [
     "RetentionService",
@@ -114,7 +114,8 @@ class RetentionService:
         `InvalidRequestError` for any other field.
         """
         check_session_id(session_id)
-        return await self._update(session_id, parse_changes(updates))
+        session = (await self._update(session_id, parse_changes(updates))).read()
+        return view_session(session_id, session.owner, session.state)
 
     async def with_session(
         self, session_id: str, operation: Callable[[dict[str, Any]], Awaitable[T] | T]
@@ -186,21 +187,20 @@ class RetentionService:
                 remains = await self._recovery.recover(session_id, at_ms=now_ms())
             except SessionChangedError:
                 continue
-            kept, lost = ([], ["everything"]) if remains is None else (remains.kept, remains.lost)
+            kept, lost = remains.kept, remains.lost
             log.warning("session_recovered", session_id=session_id, kept=len(kept), lost=lost)
             return RecoveryView(session_id=session_id, status="error", kept=kept, lost=lost)
         raise SessionConflictError
 
     async def _update(
         self, session_id: str, changes: SessionChanges, expected: int | None = None
-    ) -> SessionView:
+    ) -> Updated:
         updated = await self._sessions.update(
             session_id, changes, at_ms=now_ms(), expected=expected
         )
-        session = updated.read()
         if changes.status is not None:
             log.info("status_changed", session_id=session_id, status=changes.status)
-        return view_session(session_id, session.owner, session.state)
+        return updated
 
     # --- Clean-ups --------------------------------------------------------------------------------
 
@@ -256,23 +256,27 @@ class RetentionService:
                 return removed
 
     async def _remove_all(self, terms: Terms, *, dry_run: bool) -> CleanupView:
-        gone: list[str] = []
-        for class_ in self._store.classes_of(terms):
-            skip = 0
-            while listed := await self._store.list_due(terms, class_, skip):
-                for facts in listed:
-                    if len(gone) == MAX_AT_ONCE:
-                        return CleanupView(removed=len(gone), session_ids=gone, more=True)
-                    if dry_run or await self._store.remove(
-                        facts.session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms()
-                    ):
-                        gone.append(facts.session_id)
-                        skip += dry_run
-                    else:
-                        skip += 1
+        gone, is_more = await self._remove_due(terms, dry_run=dry_run)
         if gone and not dry_run:
             log.info("sessions_removed", removed=len(gone))
-        return CleanupView(removed=len(gone), session_ids=gone, more=False)
+        return CleanupView(removed=len(gone), session_ids=gone, more=is_more)
+
+    async def _remove_due(self, terms: Terms, *, dry_run: bool) -> tuple[list[str], bool]:
+        """Remove sessions that meet the terms; name them, and say whether there are more."""
+        gone: list[str] = []
+        for class_ in self._store.classes_of(terms):
+            left = 0
+            while listed := await self._store.list_due(terms, class_, left):
+                for facts in listed:
+                    if len(gone) == MAX_AT_ONCE:
+                        return gone, True
+                    is_gone = dry_run or await self._store.remove(
+                        facts.session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms()
+                    )
+                    if is_gone:
+                        gone.append(facts.session_id)
+                    left += dry_run or not is_gone
+        return gone, False
 
     # --- What all processes share -----------------------------------------------------------------
 
@@ -291,7 +295,8 @@ class RetentionService:
         """Set `max_sessions` (0 = any number), `cleanup_interval_s`, or both, for all processes.
 
         None goes back to the settings. A lower limit makes for a clean-up at once, of what has
-        expired; no other session is lost for it, and as long as there are more, none is made.
+        expired or what a rule ends; no other session is lost for it, and as long as there are more,
+        none is made.
         Raises `InvalidRequestError`.
         """
         checked = check_config(changes)
@@ -301,7 +306,7 @@ class RetentionService:
         log.info("config_changed", **after)
         limit, limit_before = after["max_sessions"], before["max_sessions"]
         if limit and (limit < limit_before or not limit_before):
-            await self._sweeper.sweep()
+            await self._sweeper.sweep(thoroughly=False)
         return after
 
     def register_session_callback(self, event_type: str, callback: Callback) -> Awaitable[None]:

@@ -70,17 +70,20 @@ class Sweeper:
         """Sweep when the interval is over and nobody else does; say whether it was done."""
         return await self._try_to_sweep(now=False)
 
-    async def sweep(self) -> bool:
-        """Sweep now, unless somebody else does; say whether it was done."""
-        return await self._try_to_sweep(now=True)
+    async def sweep(self, *, thoroughly: bool = True) -> bool:
+        """Sweep now, unless somebody else does; say whether it was done.
 
-    async def _try_to_sweep(self, *, now: bool) -> bool:
+        Unless it is done `thoroughly`, what is over goes, but the index is not looked through.
+        """
+        return await self._try_to_sweep(now=True, thoroughly=thoroughly)
+
+    async def _try_to_sweep(self, *, now: bool, thoroughly: bool = True) -> bool:
         if not await self._claim(now=now):
             return False
         tasks_removed = self._failures = 0
         try:
             removed = await self._remove_due()
-            repaired = await self._repair()
+            repaired = await self._repair() if thoroughly else 0
             tasks_removed = await self._tasks.cleanup_old_sessions()
             await self._report(removed, repaired, tasks_removed)
         except LeaseLostError:

@@ -37,11 +37,11 @@ class RecoveryStore:
         self._catalogues = catalogues
         self._sessions = SessionStore(gateway)
 
-    async def recover(self, session_id: str, *, at_ms: int) -> Remains | None:
-        """Keep what can be read of a session, and remove the rest; None when nothing can be read.
+    async def recover(self, session_id: str, *, at_ms: int) -> Remains:
+        """Keep what can be read of a session, and remove the rest.
 
-        Then the session is removed. Raises `SessionNotFoundError`, and `SessionChangedError` when
-        it changed meanwhile. Three round trips.
+        When nothing can be read the session is removed. Raises `SessionNotFoundError`, and
+        `SessionChangedError` when it changed meanwhile. Three round trips.
         """
         keys = self._keys.session(session_id)
         most = self._catalogues.current.total
@@ -62,7 +62,7 @@ class RecoveryStore:
             await self._sessions.delete(
                 session_id, most, at_ms=at_ms, reason=DeleteReason.UNREADABLE
             )
-            return None
+            return Remains({}, {}, [], sorted(parts))
         await self._mend(keys, parts, remains, at_ms)
         await self._gateway.change(
             "record_recovery", keys, args=[len(remains.kept), len(remains.lost)], at_ms=at_ms
