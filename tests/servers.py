@@ -70,7 +70,11 @@ class Valkey:
         attempts = 1 if port else 5
         while True:
             attempts -= 1
-            server = cls(directory, port or free_ports(1)[0], config, *flags)
+            own, bus = free_ports(2)
+            if config.get("cluster_enabled"):
+                # By default port + 10000, which may be taken.
+                config = {**config, "cluster_port": bus}
+            server = cls(directory, port or own, config, *flags)
             try:
                 server._spawn()
             except RuntimeError as error:
@@ -86,6 +90,7 @@ class Valkey:
         self.directory = directory
         self.port = port
         self._flags = flags
+        self.bus_port = int(str(config.get("cluster_port", 0)))
         self._password = str(config.get("requirepass", ""))
         self._process: subprocess.Popen[bytes] | None = None
         self._log = directory / "server.log"
@@ -288,13 +293,10 @@ class ClusterSet(_ServerSet):
         `config` is for all of them.
         """
         with ExitStack() as stack:
-            bus_ports = free_ports(3)  # by default port + 10000, which may be taken
             data = {"cluster_enabled": True, "cluster_node_timeout": 2000, **config}
             nodes = tuple(
-                stack.enter_context(
-                    Valkey._start(directory / f"node{number}", 0, {"cluster_port": bus, **data})
-                )
-                for number, bus in enumerate(bus_ports)
+                stack.enter_context(Valkey._start(directory / f"node{number}", 0, data))
+                for number in range(3)
             )
             bounds = (0, 5461, 10923, 16384)
             for number, node in enumerate(nodes):
@@ -302,8 +304,8 @@ class ClusterSet(_ServerSet):
                 node.command("CLUSTER", "ADDSLOTSRANGE", first, last)
                 # Equal epochs would be settled by a vote that costs seconds.
                 node.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-            for node, bus in zip(nodes[1:], bus_ports[1:], strict=True):
-                nodes[0].command("CLUSTER", "MEET", HOST, node.port, bus)
+            for node in nodes[1:]:
+                nodes[0].command("CLUSTER", "MEET", HOST, node.port, node.bus_port)
             for node in nodes:
                 wait_until(partial(_is_complete, node), SET_READY_S, "the cluster is complete")
             return cls(stack.pop_all(), nodes)

@@ -150,16 +150,16 @@ def view_health(
     session_count: int, max_sessions: int, stuck: int, stuck_ids: list[str], *, cleanup: bool
 ) -> CapacityHealth:
     """Judge how full it is: below 70 % healthy, below 90 % warning, from 90 % on critical."""
-    percent = utilization(session_count, max_sessions)
     health: Literal["healthy", "warning", "critical"] = "healthy"
-    if percent >= CRITICAL_PERCENT:
+    # By the counts: the share is rounded.
+    if max_sessions and 100 * session_count >= CRITICAL_PERCENT * max_sessions:
         health = "critical"
-    elif percent >= WARNING_PERCENT:
+    elif max_sessions and 100 * session_count >= WARNING_PERCENT * max_sessions:
         health = "warning"
     return CapacityHealth(
         overall_health=health,
         session_count=session_count,
-        utilization_percent=percent,
+        utilization_percent=utilization(session_count, max_sessions),
         stuck_sessions=stuck,
         stuck_session_ids=stuck_ids,
         cleanup_active=cleanup,

@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 
 from app.errors import InvalidRequestError, StoreError
-from app.onboarding.events import FEED_TYPES, EventId
+from app.onboarding.events import FEED_TYPES, EventId, EventView
 from app.store.client import end_task
 from app.store.feed import FedEvent, FeedStore
 from app.store.gateway import Gateway
@@ -56,6 +56,9 @@ class FeedService:
         if self._telling is not None:
             await end_task(self._telling)
             self._telling = None
+        if self._begun is not None:
+            # Nobody is left waiting for what does not begin any more.
+            self._begun.cancel()
 
     async def _tell(self, begun: "asyncio.Future[None]") -> None:
         place: EventId | None = None
@@ -64,26 +67,33 @@ class FeedService:
             try:
                 if place is None:
                     place = await self._feed.newest()
-                    begun.set_result(None)
+                    if not begun.done():
+                        begun.set_result(None)
                 events, place = await self._feed.list_after(place)
             except StoreError as failure:
                 log.warning("feed_unreachable", code=failure.code)
             for session_id, event in events:
                 for callback in list(self._callbacks[event["type"]]):
-                    await _call(callback, {"session_id": session_id, **event})
+                    await _call(callback, session_id, event)
             if not events:
                 await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def _call(callback: Callback, event: dict[str, Any]) -> None:
+async def _call(callback: Callback, session_id: str, event: EventView) -> None:
+    task = asyncio.current_task()
     try:
-        outcome = callback(event)
+        # Each has an event of its own, to do with as it likes.
+        outcome = callback({"session_id": session_id, **event})
         if inspect.isawaitable(outcome):
             await outcome
-    except Exception as failure:  # noqa: BLE001 - whoever listens must not stop what is listened to
+    except (Exception, asyncio.CancelledError) as failure:
+        # Whoever listens must not stop what is listened to, not even by waiting for something that
+        # was cancelled.
+        if isinstance(failure, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
         log.error(
             "callback_failed",
-            session_id=event["session_id"],
+            session_id=session_id,
             type=event["type"],
             exception=type(failure).__name__,
         )

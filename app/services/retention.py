@@ -2,10 +2,10 @@
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import structlog
 
@@ -25,6 +25,7 @@ from app.onboarding.retention import (
     CleanupView,
     ConfigView,
     DeleteReason,
+    SessionFacts,
     Since,
     Terms,
     check_config,
@@ -116,6 +117,16 @@ class RetentionService:
         check_session_id(session_id)
         session = (await self._update(session_id, parse_changes(updates))).read()
         return view_session(session_id, session.owner, session.state)
+
+    @overload
+    async def with_session(
+        self, session_id: str, operation: Callable[[dict[str, Any]], Coroutine[Any, Any, T]]
+    ) -> T: ...
+
+    @overload
+    async def with_session(
+        self, session_id: str, operation: Callable[[dict[str, Any]], T]
+    ) -> T: ...
 
     async def with_session(
         self, session_id: str, operation: Callable[[dict[str, Any]], Awaitable[T] | T]
@@ -220,7 +231,13 @@ class RetentionService:
         chosen = None if status is None else parse_status(status)
         terms = plan_cleanup(chosen, older_than_hours, now_ms(), everything=everything)
         await self._store.reclaim()
-        return await self._remove_all(terms, dry_run=dry_run)
+        due = await self._store.list_due(terms, most=MAX_AT_ONCE + 1)
+        chosen_now = due[:MAX_AT_ONCE]
+        if dry_run:
+            gone = [each.session_id for each in chosen_now]
+        else:
+            gone = await self._remove(terms, chosen_now)
+        return CleanupView(removed=len(gone), session_ids=gone, more=len(due) > MAX_AT_ONCE)
 
     async def cleanup_failed_sessions(self, max_age_hours: float = 0.0) -> int:
         """Remove the sessions whose generation failed that long ago; return how many.
@@ -242,41 +259,26 @@ class RetentionService:
         while True:
             done = await self.cleanup(everything=True)
             removed += done["removed"]
-            if not done["more"] or not done["removed"]:
+            if not done["more"]:
                 return removed
 
     async def _clean_ended(self, status: SessionStatus, max_age_hours: float) -> int:
         planned = plan_cleanup(status, max_age_hours, now_ms(), everything=False)
         terms = Terms((status,), Since.ENDED, planned.before_ms, spares_held=True)
-        removed = 0
-        while True:
-            done = await self._remove_all(terms, dry_run=False)
-            removed += done["removed"]
-            if not done["more"] or not done["removed"]:
-                return removed
+        return len(await self._remove(terms, await self._store.list_due(terms)))
 
-    async def _remove_all(self, terms: Terms, *, dry_run: bool) -> CleanupView:
-        gone, is_more = await self._remove_due(terms, dry_run=dry_run)
-        if gone and not dry_run:
+    async def _remove(self, terms: Terms, sessions: Sequence[SessionFacts]) -> list[str]:
+        """Remove those of some sessions that still meet the terms, and name them."""
+        gone = [
+            each.session_id
+            for each in sessions
+            if await self._store.remove(
+                each.session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms()
+            )
+        ]
+        if gone:
             log.info("sessions_removed", removed=len(gone))
-        return CleanupView(removed=len(gone), session_ids=gone, more=is_more)
-
-    async def _remove_due(self, terms: Terms, *, dry_run: bool) -> tuple[list[str], bool]:
-        """Remove sessions that meet the terms; name them, and say whether there are more."""
-        gone: list[str] = []
-        for class_ in self._store.classes_of(terms):
-            left = 0
-            while listed := await self._store.list_due(terms, class_, left):
-                for facts in listed:
-                    if len(gone) == MAX_AT_ONCE:
-                        return gone, True
-                    is_gone = dry_run or await self._store.remove(
-                        facts.session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms()
-                    )
-                    if is_gone:
-                        gone.append(facts.session_id)
-                    left += dry_run or not is_gone
-        return gone, False
+        return gone
 
     # --- What all processes share -----------------------------------------------------------------
 

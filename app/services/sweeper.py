@@ -7,7 +7,13 @@ import structlog
 
 from app.clock import monotonic_s, now_ms
 from app.errors import OnboardingError
-from app.onboarding.retention import DeleteReason, ExpiryRule, plan_expiry, terms_of
+from app.onboarding.retention import (
+    DeleteReason,
+    ExpiryRule,
+    SessionFacts,
+    plan_expiry,
+    terms_of,
+)
 from app.onboarding.stats import average_age_hours
 from app.services.background import Repeated
 from app.services.tasks import TaskService
@@ -55,6 +61,7 @@ class Sweeper:
         self._lease_s = lease_s
         self._claimed_s = 0.0
         self._failures = 0
+        self._is_sweeping = False
         self._name = os.urandom(8).hex()
         self._looking = Repeated("sweeper", self.sweep_if_due, LOOK_EVERY_S)
 
@@ -78,9 +85,10 @@ class Sweeper:
         return await self._try_to_sweep(now=True, thoroughly=thoroughly)
 
     async def _try_to_sweep(self, *, now: bool, thoroughly: bool = True) -> bool:
-        if not await self._claim(now=now):
+        if self._is_sweeping or not await self._claim(now=now):
             return False
         tasks_removed = self._failures = 0
+        self._is_sweeping = True
         try:
             removed = await self._remove_due()
             repaired = await self._repair() if thoroughly else 0
@@ -92,6 +100,8 @@ class Sweeper:
         except Exception as failure:  # noqa: BLE001 - the next one may go better
             self._failures += 1
             log.error("sweep_failed", exception=type(failure).__name__)
+        finally:
+            self._is_sweeping = False
         await self._retention.finish_sweep(
             self._name, failures=self._failures, tasks_removed=tasks_removed
         )
@@ -101,18 +111,15 @@ class Sweeper:
         """Remove what is over; count what rules have ended."""
         await self._retention.finish_evictions(at_ms=now_ms())
         await self._retention.reclaim()
-        removed = 0
+        listed: dict[str, SessionFacts] = {}
         for rule in self._rules:
-            terms = terms_of(rule, now_ms())
-            for class_ in self._retention.classes_of(terms):
-                skip = 0
-                while listed := await self._retention.list_due(terms, class_, skip):
-                    gone = 0
-                    for session_id in plan_expiry([rule], listed, now_ms()):
-                        gone += await self._remove(session_id, rule)
-                    removed += gone
-                    skip += len(listed) - gone
-                    await self._keep_lease()
+            due = await self._retention.list_due(terms_of(rule, now_ms()))
+            listed |= {each.session_id: each for each in due}
+            await self._keep_lease()
+        removed = 0
+        for session_id, rule in plan_expiry(self._rules, listed.values(), now_ms()).items():
+            removed += await self._remove(session_id, rule)
+            await self._keep_lease()
         return removed
 
     async def _remove(self, session_id: str, rule: ExpiryRule) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from app.clock import now_ms
-from app.errors import OnboardingError, SessionCapacityError
+from app.errors import OnboardingError
 from app.onboarding.retention import Capacity, DeleteReason
 
 if TYPE_CHECKING:
@@ -47,22 +47,34 @@ class SessionIndex:
 
     async def reserve(
         self, session_id: str, capacity: Capacity, *, pin: str, at_ms: int
-    ) -> list[str]:
-        """Reserve room for a session; name those that must be removed first.
+    ) -> tuple[bool, list[str]]:
+        """Reserve room for a session; say whether there is any, and which sessions must go for it.
 
-        Raises `SessionCapacityError`.
+        These have lost their room in any case.
         """
-        for attempt in ("as it is", "with what has expired out of the way"):
+        condemned: list[str] = []
+        is_reclaimed = False
+        while True:
             reply = await self._gateway.evaluate(
                 "reserve_session",
                 [self._entries],
-                [session_id, at_ms, self._gateway.lifetime_ms, *capacity, pin],
+                [
+                    *(session_id, at_ms, self._gateway.lifetime_ms, *capacity, pin),
+                    "1" if is_reclaimed else "",
+                ],
             )
+            condemned += [each.decode() for each in reply.values]
             if reply.word == "ok":
-                return [each.decode() for each in reply.values]
-            if attempt == "as it is":
+                return True, condemned
+            if is_reclaimed and not reply.values:
+                return False, condemned
+            if not is_reclaimed:
                 await self.reclaim()
-        raise SessionCapacityError
+                is_reclaimed = True
+
+    async def release(self, session_id: str) -> None:
+        """Give back the room of a session that was not made."""
+        await self._gateway.evaluate("release_room", [self._entries], [session_id])
 
     async def list_condemned(self) -> list[str]:
         """List the sessions that have lost their room and are still to be removed."""
@@ -93,6 +105,9 @@ class SessionIndex:
                 await self._unplace(session_id, DeleteReason.LIFETIME, at_ms, reserved_since)
                 return
             *told, times, events = facts.values
+            if not self._keys.hash_tag:
+                # The scripts of the session have fed them.
+                events = []
             created, class_, ended, ever, changes, workspace, user, activity, deadline, pin = told
             placed = await self._gateway.evaluate(
                 "place_session",
@@ -183,6 +198,7 @@ class IndexFollower:
     def __init__(self, gateway: "Gateway") -> None:
         self._index = SessionIndex(gateway)
         self._waiting: dict[asyncio.AbstractEventLoop, tuple[set[str], asyncio.Task[None]]] = {}
+        self._following: set[asyncio.Task[None]] = set()
 
     def note(self, session_id: str) -> None:
         """Take note of a change."""
@@ -193,17 +209,24 @@ class IndexFollower:
             self._waiting = {o: w for o, w in self._waiting.items() if not o.is_closed()}
             changed: set[str] = set()
             task = loop.create_task(self._follow_soon(changed), name="index")
+            self._following.add(task)
+            task.add_done_callback(self._following.discard)
             waiting = self._waiting[loop] = (changed, task)
         waiting[0].add(session_id)
 
     async def aclose(self) -> None:
         """Have the index follow what this event loop has changed, now."""
-        waiting = self._waiting.pop(asyncio.get_running_loop(), None)
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting.pop(loop, None)
         if waiting is not None:
             changed, task = waiting
             task.cancel()
             await asyncio.wait([task])
             await self._follow(changed)
+        # Those that are no longer waited with use the connections that are about to be closed.
+        following = [task for task in self._following if task.get_loop() is loop]
+        if following:
+            await asyncio.wait(following)
 
     async def _follow_soon(self, changed: set[str]) -> None:
         await asyncio.sleep(FOLLOW_S)

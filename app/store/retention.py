@@ -42,23 +42,24 @@ class RetentionStore:
 
     # --- Sessions that may go ---------------------------------------------------------------------
 
-    def classes_of(self, terms: Terms) -> Iterator[str]:
-        """Give the parts of the index in which sessions may meet the terms."""
-        for class_ in CLASSES:
-            status, _, kind = class_.partition(":")
-            is_asked = not terms.statuses or SessionStatus(status) in terms.statuses
-            if is_asked and not (kind == "held" and terms.spares_held):
-                yield class_
+    async def list_due(self, terms: Terms, *, most: int | None = None) -> list[SessionFacts]:
+        """List sessions that meet the terms as the index has it, of each class the oldest first.
 
-    async def list_due(self, terms: Terms, class_: str, skip: int) -> list[SessionFacts]:
-        """List sessions of one class that meet the terms, the oldest first, without the first ones.
-
-        At most `LISTED_AT_ONCE`; an empty list is the end.
+        At most `most` of them. One round trip for each 200.
         """
         order = (terms.since or Since.CREATED).value
         latest_ms = _END_OF_TIME_MS if terms.since is None else max(0, terms.before_ms)
-        args: list[Argument] = [order, class_, latest_ms, skip, LISTED_AT_ONCE]
-        return read_listed(await self._gateway.evaluate("list_due", self._entries, args))
+        due: list[SessionFacts] = []
+        for class_ in _classes_of(terms):
+            skip = 0
+            while most is None or len(due) < most:
+                args: list[Argument] = [order, class_, latest_ms, skip, LISTED_AT_ONCE]
+                listed = read_listed(await self._gateway.evaluate("list_due", self._entries, args))
+                due += listed
+                skip += len(listed)
+                if len(listed) < LISTED_AT_ONCE:
+                    break
+        return due[:most]
 
     async def remove(
         self, session_id: str, terms: Terms, reason: DeleteReason, *, at_ms: int
@@ -131,6 +132,15 @@ class RetentionStore:
             await self._gateway.command("HSET", self._config, *flat)
         if absent:
             await self._gateway.command("HDEL", self._config, *absent)
+
+
+def _classes_of(terms: Terms) -> Iterator[str]:
+    """Give the classes in which sessions may meet the terms."""
+    for class_ in CLASSES:
+        status, _, kind = class_.partition(":")
+        is_asked = not terms.statuses or SessionStatus(status) in terms.statuses
+        if is_asked and not (kind == "held" and terms.spares_held):
+            yield class_
 
 
 _END_OF_TIME_MS = 99_999_999_999_999

@@ -26,7 +26,7 @@ from app.onboarding.retention import NO_LIMIT, Capacity, DeleteReason, Since, Te
 from app.onboarding.sessions import Owner, Session, SessionChanges, SessionStatus, State
 from app.store.faults import corrupt
 from app.store.files import body_keys, write_info
-from app.store.gateway import Gateway, Reply, unwrap_replay
+from app.store.gateway import Argument, Gateway, Reply, unwrap_replay
 from app.store.index import SessionIndex
 from app.store.keys import SessionKeys
 
@@ -131,12 +131,24 @@ class SessionStore:
         upload: FileInfo | None,
         capacity: Capacity,
     ) -> Created | None:
-        evicted = await self._index.reserve(session_id, capacity, pin=catalogue.pin, at_ms=at_ms)
+        has_room, evicted = await self._index.reserve(
+            session_id, capacity, pin=catalogue.pin, at_ms=at_ms
+        )
+        evicted = list(dict.fromkeys(evicted))
         for victim in evicted:
             await self.evict(victim, at_ms=at_ms)
-        created = await self._create(
-            session_id, owner, catalogue, at_ms, None, record, upload, capacity
-        )
+        if not has_room:
+            raise SessionCapacityError
+        try:
+            created = await self._create(
+                session_id, owner, catalogue, at_ms, None, record, upload, capacity
+            )
+        except BodyLostError:
+            await self._index.release(session_id)
+            raise
+        if created is not None and capacity.policy == "evict_oldest":
+            # Only what is known to be made can be removed for another one.
+            await self._index.follow(session_id)
         return None if created is None else created._replace(evicted=evicted)
 
     async def _create(
@@ -159,24 +171,31 @@ class SessionStore:
             fields["record"] = record
         keys = self._keys.session(session_id)
         about = [] if upload is None else write_info(upload)
-        reply = await self._gateway.change(
-            "create_session",
-            keys,
-            [] if upload is None else body_keys(keys, FileKind.UPLOAD, upload),
-            [
-                *(session_id, catalogue.pin, catalogue.total, capacity.limit, capacity.policy),
-                *(len(about), *about, *_flat(fields)),
-            ],
-            at_ms=at_ms,
-            request=request,
-            record=record,
-        )
+        args: list[Argument] = [session_id, catalogue.pin, catalogue.total, *capacity, len(about)]
+        evicted: list[str] = []
+        while True:
+            reply = await self._gateway.change(
+                "create_session",
+                keys,
+                [] if upload is None else body_keys(keys, FileKind.UPLOAD, upload),
+                [*args, *about, *_flat(fields)],
+                at_ms=at_ms,
+                request=request,
+                record=record,
+            )
+            if reply.word != "capacity_reached" or not reply.values:
+                break
+            # One call removes a hundred at most, so that it does not hold others up.
+            evicted += [each.decode() for each in reply.values]
         match reply.word:
+            case "exists":
+                return None
             case "part_lost":
                 raise BodyLostError
             case "capacity_reached":
                 raise SessionCapacityError
-        return None if reply.word == "exists" else _created(reply)
+        created = _created(reply)
+        return created._replace(evicted=[*evicted, *created.evicted])
 
     async def get(self, session_id: str) -> Session:
         """Read a session without its answers. One round trip."""

@@ -3,9 +3,12 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
-from app.errors import CorruptRecordError, SessionNotFoundError
+from redis.exceptions import ResponseError
+
+from app.errors import CorruptRecordError, SessionNotFoundError, StoreError
 from app.onboarding.progress import Progress
 from app.onboarding.retention import STUCK_MS, SessionFacts
 from app.onboarding.sessions import SessionStatus
@@ -58,7 +61,6 @@ class StatsStore:
         self._entries = [gateway.keys.index("entries")]
         self._index = SessionIndex(gateway)
         self._sessions = SessionStore(gateway)
-        self._turn = asyncio.Semaphore(READ_AT_ONCE)
         self._max_sessions = max_sessions
         self._interval_ms = int(interval_s * 1000)
 
@@ -86,6 +88,8 @@ class StatsStore:
 
     async def occupancy(self, at_ms: int) -> Occupancy:
         """Count what the health of the whole is judged by."""
+        # What has outlived its lifetime is stuck no more.
+        await self._index.reclaim()
         reply = await self._gateway.evaluate(
             "count_capacity",
             self._entries,
@@ -124,7 +128,9 @@ class StatsStore:
         args += [prefix, len(STATE_FIELDS), *STATE_FIELDS, *sets]
         reply = await self._gateway.evaluate("page_sessions", self._entries, args)
         place, *rows = reply.values
-        read = self._read_apart if self._keys.hash_tag else self._read_beside
+        # Of this call: a semaphore belongs to the event loop that it was first waited for in.
+        turn = asyncio.Semaphore(READ_AT_ONCE)
+        read = partial(self._read_apart, turn) if self._keys.hash_tag else self._read_beside
         listed = await asyncio.gather(*(read(row) for row in rows))
         return [each for each in listed if each is not None], place.decode()
 
@@ -144,10 +150,10 @@ class StatsStore:
             listed = listed._replace(progress=read_state(key, values).progress)
         return listed
 
-    async def _read_apart(self, row: Sequence[Any]) -> Listed | None:
+    async def _read_apart(self, turn: asyncio.Semaphore, row: Sequence[Any]) -> Listed | None:
         listed = _listed(row)
         try:
-            async with self._turn:
+            async with turn:
                 state = await self._sessions.get_state(listed.facts.session_id)
         except SessionNotFoundError:
             await self.repair(listed.facts.session_id)
@@ -157,12 +163,13 @@ class StatsStore:
         return listed._replace(progress=state.progress)
 
     async def used_memory(self) -> int | None:
-        """Ask how much memory the store uses, in bytes; None when it does not say."""
-        info = await self._gateway.command("INFO", "memory")
-        if isinstance(info, dict) and "used_memory" not in info:
-            nodes = [node for node in info.values() if isinstance(node, dict)]
-            return sum(int(node.get("used_memory", 0)) for node in nodes) or None
-        return int(info["used_memory"]) if isinstance(info, dict) else None
+        """Ask how much memory all nodes use, in bytes; None when the store will not say."""
+        try:
+            info = await self._gateway.command("INFO", "memory")
+        except (StoreError, ResponseError):
+            return None
+        nodes = [info] if "used_memory" in info else info.values()
+        return sum(int(node["used_memory"]) for node in nodes)
 
 
 def read_listed(reply: Reply) -> list[SessionFacts]:

@@ -218,12 +218,14 @@ async def drive_index(session: Session) -> None:
     """Let the index be asked and changed from beside it: every script of it, every word."""
     keys, entries = session.gateway.keys, [session.gateway.keys.index("entries")]
     of_session = list(session.keys[:3])
-    reserve: list[Argument] = ["s", AT_MS, 600_000, 1, "refuse", PIN]
+    reserve: list[Argument] = ["s", AT_MS, 600_000, 1, "refuse", PIN, ""]
     assert await session.call("reserve_session", entries, reserve) == "ok"
     assert await session.call("reserve_session", entries, reserve) == "ok"
-    assert await session.call("reserve_session", entries, ["s2", *reserve[1:]]) == (
-        "capacity_reached"
-    )
+    another: list[Argument] = ["s2", *reserve[1:]]
+    assert await session.call("reserve_session", entries, another) == "capacity_reached"
+    assert await session.call("release_room", entries, ["s2"]) == "ok"
+    unplace: list[Argument] = ["s", "expired", "lifetime", AT_MS]
+    assert await session.call("unplace_session", entries, [*unplace, AT_MS - 1]) == "spared"
     assert await session.call("read_facts", of_session, ["-"]) == "not_found"
     facts: list[Argument] = [AT_MS, "pending:held", "", "100", 3, "w", "u", AT_MS, AT_MS, PIN]
     place: list[Argument] = ["s", "-", "1-1", *facts, 3, AT_MS, "", "", 4, "type", "x", "at", 1]
@@ -235,8 +237,6 @@ async def drive_index(session: Session) -> None:
     assert await session.call("page_sessions", entries, page) == "ok"
     assert await session.call("count_sessions", entries, [0, PIN, AT_MS]) == "ok"
     assert await session.call("count_capacity", entries, [0, AT_MS, 10, 1000]) == "ok"
-    unplace: list[Argument] = ["s", "expired", "lifetime", AT_MS]
-    assert await session.call("unplace_session", entries, [*unplace, AT_MS - 1]) == "spared"
     assert await session.call("unplace_session", entries, [*unplace, AT_MS]) == "ok"
     assert await session.call("unplace_session", entries, [*unplace, AT_MS]) == "absent"
     assert await session.call("reclaim_sessions", entries, [10]) == "ok"

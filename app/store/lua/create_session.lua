@@ -49,6 +49,11 @@ if file_values > 0 then
   end
 end
 redis.call('HSET', METADATA, 'created_at', at_ms, unpack(ARGV, 12 + file_values))
+if not IS_TAGGED and read_entry(ARGV[6]) then
+  -- One of the same name has outlived its lifetime unseen.
+  unplace(ARGV[6])
+  report_end(ARGV[6], 'expired', 'lifetime', at_ms)
+end
 state.status, state.saved, state.created_at = 'pending', string.rep('0', tonumber(ARGV[8])), at_ms
 state.catalogue, state.ever = ARGV[7], state.saved
 change('status', 'pending', 'saved', state.saved, 'highest', '0', 'created_at', at_ms,

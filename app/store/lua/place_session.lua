@@ -1,4 +1,4 @@
--- include index.lua
+-- include room.lua
 -- Have the index and the feed follow a session that lies in another slot.
 --
 -- KEYS  1 entries
@@ -13,7 +13,17 @@
 -- Safe to send twice: a repeat finds that the feed is further than the facts that it carries.
 
 local id = ARGV[1]
+if redis.call('SISMEMBER', INDEX .. 'condemned', id) == 1 then
+  -- It has lost its room, and is about to be removed.
+  return {'ok'}
+end
 local before = read_entry(id)
+if before and before.changes ~= '0' and before.created ~= ARGV[4] then
+  -- One of the same name has outlived its lifetime unseen.
+  unplace(id)
+  report_end(id, 'expired', 'lifetime', ARGV[4])
+  before = nil
+end
 if before and (before.fed ~= ARGV[2] or tonumber(before.changes) > tonumber(ARGV[8])) then
   return {'superseded'}
 end

@@ -68,9 +68,17 @@ local function oldest_session()
   for _, classes in ipairs({{'complete:free', 'error:free'}, CLASSES}) do
     local oldest, since
     for _, class in ipairs(classes) do
-      local first = redis.call('ZRANGE', INDEX .. 'activity:' .. class, 0, 0, 'WITHSCORES')
-      if first[1] and not (since and since <= tonumber(first[2])) then
-        oldest, since = first[1], tonumber(first[2])
+      local found = redis.call('ZRANGE', INDEX .. 'activity:' .. class, 0, IS_TAGGED and 99 or 0,
+        'WITHSCORES')
+      for i = 1, #found, 2 do
+        -- One that is about to be made in another slot would be made all the same.
+        local entry = IS_TAGGED and class == 'pending:free' and read_entry(found[i])
+        if not (entry and entry.changes == '0') then
+          if not (since and since <= tonumber(found[i + 1])) then
+            oldest, since = found[i], tonumber(found[i + 1])
+          end
+          break
+        end
       end
     end
     if oldest then
