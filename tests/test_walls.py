@@ -76,6 +76,7 @@ FEATURES = {
 
 INFRASTRUCTURE: dict[str, str] = {
     "onboarding/documents": "JSON that is kept exactly: one rule for HTTP and Python callers",
+    "onboarding/cursors": "where a page of any list ends",
     "onboarding/idempotency": "what makes two requests the same, whatever they ask for",
     "services/background": "what is done again and again beside the requests",
     "services/standin": "services by module-level names",

@@ -1,15 +1,12 @@
 """Sessions in numbers: how many, how old, how full, where people stop."""
 
-import base64
 import math
-import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from typing_extensions import TypedDict
 
 from app.clock import rfc3339
-from app.errors import Fault, InvalidRequestError
 from app.onboarding.progress import Progress
 from app.onboarding.retention import HOUR_MS, SessionFacts
 from app.onboarding.sessions import SessionStatus
@@ -231,31 +228,6 @@ def median_of(buckets: Mapping[int, int]) -> float | None:
 def bucket_of(seconds: float) -> int:
     """Give the bucket of a duration, as `lua/index.lua` does."""
     return math.floor(4 * math.log2(seconds + 1))
-
-
-# --- Cursors --------------------------------------------------------------------------------------
-
-
-def write_cursor(moment: str) -> str:
-    """Make the cursor that goes on after a session, of which `moment` is the place in the list."""
-    return base64.urlsafe_b64encode(moment.encode()).decode().rstrip("=")
-
-
-def parse_cursor(cursor: str) -> str:
-    """Read a cursor. Raises `InvalidRequestError`."""
-    try:
-        moment = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True)
-        text = moment.decode("ascii")
-    except ValueError:
-        text = ""
-    if not _MOMENT.fullmatch(text):
-        detail = "The next_cursor of the page before, as it came"
-        fault = Fault(pointer="/cursor", code="cursor", detail=detail)
-        raise InvalidRequestError("cursor is the next_cursor of the page before", [fault])
-    return text
-
-
-_MOMENT = re.compile(r"[0-9]{14}:[A-Za-z0-9._-]+")
 
 
 def describe_cleanup(counted: Mapping[str, int]) -> CleanupStats:

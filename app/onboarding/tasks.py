@@ -2,7 +2,6 @@
 
 import json
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +11,7 @@ from typing_extensions import TypedDict
 
 from app.clock import rfc3339
 from app.errors import Fault, InvalidRequestError, InvalidTransitionError
+from app.onboarding.cursors import place_of
 from app.onboarding.sessions import MAX_OWNER_LENGTH, check_session_id, is_own_string
 
 TASK_LIFE_MS = 7 * 86_400_000
@@ -146,7 +146,7 @@ class Task:
     @property
     def place(self) -> str:
         """Where it stands among others, by the order of these texts: by when it was made."""
-        return f"{self.created_ms:0{_TIME_DIGITS}d}:{self.task_id}"
+        return place_of(self.created_ms, self.task_id)
 
 
 def view_task(task: Task) -> TaskView:
@@ -256,22 +256,6 @@ def parse_task_status(status: str) -> TaskStatus:
         raise InvalidRequestError(f"status is one of {', '.join(TaskStatus)}") from None
 
 
-def write_cursor(place: str) -> str:
-    """Write the place of a task so that nobody takes it for more than it is."""
-    return urlsafe_b64encode(place.encode()).decode().rstrip("=")
-
-
-def parse_cursor(cursor: str) -> str:
-    """Read the place of a task. Raises `InvalidRequestError`."""
-    try:
-        place = urlsafe_b64decode(cursor.encode("ascii") + b"==").decode("ascii")
-    except ValueError:
-        place = ""
-    if not _PLACE.fullmatch(place):
-        raise InvalidRequestError("cursor is the next_cursor of an earlier answer, as it came")
-    return place
-
-
 def parse_task_rules(value: object) -> dict[str, TaskRule]:
     """Read rules by task type, as JSON text or as an object.
 
@@ -307,8 +291,6 @@ def _known_types(rules: Rules) -> str:
 
 
 _ID = re.compile(ID_PATTERN.removesuffix("$"))
-_TIME_DIGITS = 16
-_PLACE = re.compile(rf"[0-9]{{{_TIME_DIGITS}}}:{_ID.pattern.removeprefix('^')}")
 _TASK_ID = f"1 to {MAX_ID_LENGTH} of A-Z a-z 0-9 . _ -"
 _SHORT_ID = f"{_TASK_ID}, and not {RESERVED_SHORT_ID}"
 _USER_ID = f"1 to {MAX_OWNER_LENGTH} characters, none of them a control character"

@@ -6,6 +6,7 @@ from typing import Any
 from app.clock import now_ms
 from app.errors import InvalidRequestError
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.cursors import parse_cursor, write_cursor
 from app.onboarding.sessions import SessionStatus, parse_status
 from app.onboarding.stats import (
     MAX_PAGE,
@@ -13,11 +14,9 @@ from app.onboarding.stats import (
     SessionPage,
     SessionRow,
     StatsView,
-    parse_cursor,
     view_health,
     view_row,
     view_stats,
-    write_cursor,
 )
 from app.services.standin import stand_in
 from app.settings import Settings, load_settings

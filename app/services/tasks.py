@@ -14,6 +14,7 @@ from app.errors import (
     TaskExistsError,
     TaskNotFoundError,
 )
+from app.onboarding.cursors import parse_cursor, write_cursor
 from app.onboarding.tasks import (
     MAX_TASKS,
     MAY_FOLLOW,
@@ -30,11 +31,9 @@ from app.onboarding.tasks import (
     check_task_id,
     is_kept_until_released,
     is_tracked,
-    parse_cursor,
     parse_task_status,
     stays,
     view_task,
-    write_cursor,
 )
 from app.settings import load_settings
 from app.store.connect import connect

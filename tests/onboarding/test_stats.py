@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.errors import InvalidRequestError
+from app.onboarding.cursors import parse_cursor, write_cursor
 from app.onboarding.retention import HOUR_MS
 from app.onboarding.sessions import SessionStatus, parse_changes, plan_changes
 from app.onboarding.stats import (
@@ -18,11 +19,9 @@ from app.onboarding.stats import (
     describe_cleanup,
     describe_step,
     median_of,
-    parse_cursor,
     utilization,
     view_health,
     view_stats,
-    write_cursor,
 )
 
 NOW_MS = 1_767_268_800_000
@@ -218,7 +217,7 @@ def test_what_was_cleaned_up_is_told_by_its_counters() -> None:
 def test_a_cursor_reads_back_and_may_stand_in_a_query_as_it_is(
     created_ms: int, session_id: str
 ) -> None:
-    moment = f"{created_ms:014}:{session_id}"
+    moment = f"{created_ms:016}:{session_id}"
     cursor = write_cursor(moment)
     assert cursor.replace("-", "").replace("_", "").isalnum()
     assert parse_cursor(cursor) == moment
@@ -235,14 +234,14 @@ def of_text(text: str) -> str:
 @example("é")
 @example("\ud800")
 @example("٣")
-@example(write_cursor(f"{NOW_MS:014}:{ID}") + "A")
-@example(write_cursor(f"{NOW_MS:014}:{ID}") + "=A")
-@example(write_cursor(f"{NOW_MS:014}:{ID}") + "\n")
+@example(write_cursor(f"{NOW_MS:016}:{ID}") + "A")
+@example(write_cursor(f"{NOW_MS:016}:{ID}") + "=A")
+@example(write_cursor(f"{NOW_MS:016}:{ID}") + "\n")
 @example(of_text(f"{NOW_MS}:{ID}"))
 @example(of_text(f"{NOW_MS:015}:{ID}"))
-@example(of_text(f"{NOW_MS:014}:"))
-@example(of_text(f"{NOW_MS:014}:a b"))
-@example(of_text(f"{NOW_MS:014}:{ID}\n"))
+@example(of_text(f"{NOW_MS:016}:"))
+@example(of_text(f"{NOW_MS:016}:a b"))
+@example(of_text(f"{NOW_MS:016}:{ID}\n"))
 @example(of_text("\u0660" * 14 + ":a"))
 @example(of_text("(:a"))
 def test_any_garbage_is_refused_as_a_cursor(garbage: str) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import InvalidRequestError, InvalidTransitionError
+from app.onboarding.cursors import parse_cursor, write_cursor
 from app.onboarding.tasks import (
     ID_PATTERN,
     TASK_LIFE_MS,
@@ -22,12 +23,10 @@ from app.onboarding.tasks import (
     check_task_id,
     is_kept_until_released,
     is_tracked,
-    parse_cursor,
     parse_task_rules,
     parse_task_status,
     stays,
     view_task,
-    write_cursor,
 )
 
 ACTIVE, COMPLETED = TaskStatus.ACTIVE, TaskStatus.COMPLETED

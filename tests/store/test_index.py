@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from app.clock import now_ms
 from app.errors import InvalidTransitionError, OnboardingError
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.cursors import place_of
 from app.onboarding.generation import ProgressEvent
 from app.onboarding.retention import NO_LIMIT
 from app.onboarding.sessions import SessionStatus
@@ -170,7 +171,7 @@ def expect(truths: dict[str, dict[str, str]], models: dict[str, Model]) -> Index
     for session_id, truth in truths.items():
         model = models[session_id]
         class_, created = model.class_, truth["created"]
-        moment = f"{created.rjust(14, '0')}:{session_id}"
+        moment = place_of(int(created), session_id)
         wanted = {
             f"created:{class_}": (moment, 0),
             f"activity:{class_}": (session_id, int(truth["activity"])),

@@ -9,8 +9,8 @@ import pytest
 from redis.asyncio import Redis
 
 from app.errors import SessionCapacityError
+from app.onboarding.cursors import write_cursor
 from app.onboarding.sessions import SessionStatus
-from app.onboarding.stats import write_cursor
 from app.services.manager import make_manager
 from app.services.stats import StatsService, make_stats_service
 from app.settings import Settings, load_settings
@@ -197,7 +197,7 @@ async def costs_with(raw: Redis, settings: Settings, count: int) -> dict[str, Co
         stats = reader.stats
         after = max(PAGE, len(names) - 99 * PAGE) if count > 100 * PAGE else count // 2
         created_ms = int(await reader.gateway.command("HGET", *_made(reader, names[after])))
-        later = write_cursor(f"{created_ms:014}:{names[after]}")
+        later = write_cursor(f"{created_ms:016}:{names[after]}")
         calls: dict[str, Callable[[], Awaitable[Any]]] = {
             "stats": stats.get_performance_stats,
             "health": stats.get_health_status,

@@ -20,7 +20,7 @@ for _, class in ipairs(CLASSES) do
   local set = INDEX .. 'created:' .. class
   classes[#classes + 1], classes[#classes + 2] = class, redis.call('ZCARD', set)
   for i = 3, #ARGV do
-    local since = '[' .. string.rep('0', 14 - #ARGV[i]) .. ARGV[i]
+    local since = '[' .. string.rep('0', 16 - #ARGV[i]) .. ARGV[i]
     ages[i - 2] = ages[i - 2] + redis.call('ZLEXCOUNT', set, since, '+')
   end
   local first = redis.call('ZRANGE', set, 0, 0)[1]

@@ -49,7 +49,7 @@ end
 -- The sorted sets that an entry stands in: name, member, score. An activity that is not known is
 -- none that matters.
 local function places_of(id, entry)
-  local moment = string.rep('0', 14 - #entry.created) .. entry.created .. ':' .. id
+  local moment = string.rep('0', 16 - #entry.created) .. entry.created .. ':' .. id
   local places = {
     {'created:' .. entry.class, moment, '0'}, {'activity:' .. entry.class, id, entry.activity},
   }

@@ -13,7 +13,7 @@
 local set, found = INDEX .. ARGV[1] .. ':' .. ARGV[2], nil
 if ARGV[1] == 'created' then
   -- ';' follows ':' in the alphabet.
-  local latest = '(' .. string.rep('0', 14 - #ARGV[3]) .. ARGV[3] .. ';'
+  local latest = '(' .. string.rep('0', 16 - #ARGV[3]) .. ARGV[3] .. ';'
   found = redis.call('ZRANGEBYLEX', set, '-', latest, 'LIMIT', ARGV[4], ARGV[5])
 else
   found = redis.call('ZRANGEBYSCORE', set, '-inf', ARGV[3], 'LIMIT', ARGV[4], ARGV[5])
