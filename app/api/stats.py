@@ -5,22 +5,19 @@ from starlette.responses import Response
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
 from app.errors import Fault, InvalidRequestError
-from app.onboarding.sessions import MAX_OWNER_LENGTH, SessionStatus, is_own_string
+from app.onboarding.sessions import SessionStatus, check_owner
 from app.onboarding.stats import MAX_PAGE, CapacityHealth, SessionPage, StatsView
 
 
 async def list_sessions(call: Call) -> Response:
     """List sessions, a page at a time."""
     query = call.query
-    for name in ("workspace_id", "user_id"):
-        if name in query and not is_own_string(query[name], MAX_OWNER_LENGTH):
-            detail = f"1 to {MAX_OWNER_LENGTH} characters, none of them a control character"
-            fault = Fault(pointer=f"/{name}", code="string", detail=detail)
-            raise InvalidRequestError(f"Not acceptable: {name}", [fault])
+    workspace_id, user_id = query.get("workspace_id"), query.get("user_id")
+    check_owner(workspace_id, user_id, "en", workspace_required=False)
     page = await call.services.stats.list_sessions(
         status=query.get("status"),
-        workspace_id=query.get("workspace_id"),
-        user_id=query.get("user_id"),
+        workspace_id=workspace_id,
+        user_id=user_id,
         cursor=query.get("cursor"),
         limit=_limit(query.get("limit", "50")),
     )
