@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import time_machine
 from fakeredis import FakeAsyncRedis, FakeServer
 from httpx2 import AsyncClient
 from redis.asyncio import Redis
@@ -22,6 +23,9 @@ from tests.service import BASE, serving
 
 QUICKLY = {"retry_base_s": 0.01, "retry_jitter_s": 0.0}
 """Settings that no test waits a backoff for."""
+
+NOON_S = 1_767_268_800.0
+"""The moment at which the clock of tests begins, in Unix seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +48,13 @@ def hasty_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
     hasty = SimpleNamespace(**{**vars(asyncio), "sleep": nap})
     monkeypatch.setattr("uvicorn.server.asyncio", hasty)
+
+
+@pytest.fixture
+def clock() -> Iterator[time_machine.Traveller]:
+    """Give a clock that stands still until it is moved; fake stores go by it."""
+    with time_machine.travel(NOON_S, tick=False) as traveller:
+        yield traveller
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,10 @@ from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import fake_gateway
+from tests.conftest import NOON_S, fake_gateway
 from tests.proxy import Proxy
 from tests.servers import Valkey
-from tests.store.sessions import NOON_S, Place, prepare, working_at
+from tests.store.sessions import Place, prepare, working_at
 
 LIMIT_S = 5
 """How long anything may take to be told."""

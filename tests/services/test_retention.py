@@ -38,7 +38,7 @@ from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway
 from tests.servers import HOST, Valkey, free_ports
-from tests.store.sessions import NOON_S, Place, names_of_keys, watch_operation_ids
+from tests.store.sessions import Place, names_of_keys, watch_operation_ids
 from tests.store.test_stats import load_sessions
 
 BY_NAME = [
@@ -70,12 +70,6 @@ def service(gateway: Gateway) -> RetentionService:
 @pytest.fixture
 def place(manager: OnboardingSessionManager, gateway: Gateway) -> Place:
     return Place(manager, gateway)
-
-
-@pytest.fixture
-def clock() -> Iterator[time_machine.Traveller]:
-    with time_machine.travel(NOON_S, tick=False) as traveller:
-        yield traveller
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import fake_gateway
 from tests.servers import Valkey
-from tests.store.sessions import NOON_S, Place
+from tests.store.sessions import Place
 
 BY_NAME = [
     *("get_sessions_by_status", "get_session_count", "get_all_sessions_info"),
@@ -37,12 +37,6 @@ def service(gateway: Gateway) -> StatsService:
 @pytest.fixture
 def place(manager: OnboardingSessionManager, gateway: Gateway) -> Place:
     return Place(manager, gateway)
-
-
-@pytest.fixture
-def clock() -> Iterator[time_machine.Traveller]:
-    with time_machine.travel(NOON_S, tick=False) as traveller:
-        yield traveller
 
 
 async def funnel(service: StatsService) -> dict[int, tuple[int, float | None]]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,9 @@ from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
 from app.store.retention import RetentionStore
 from app.store.stats import StatsStore
-from tests.conftest import QUICKLY
+from tests.conftest import NOON_S, QUICKLY
 from tests.servers import Valkey
-from tests.store.sessions import NOON_S, Manager, Place
+from tests.store.sessions import Manager, Place
 
 DESCRIBED = """[
     {"status": "error", "older_than_hours": 1, "since": "ended"},
@@ -131,13 +131,6 @@ def talkative_gateway(server: FakeServer, settings: Settings) -> Gateway:
         mode="standalone",
         policy=RetryPolicy(base_s=0.01, jitter_s=0.0),
     )
-
-
-@pytest.fixture
-def clock() -> Iterator[time_machine.Traveller]:
-    """Give a clock that stands still until it is moved; fake stores go by it."""
-    with time_machine.travel(NOON_S, tick=False) as traveller:
-        yield traveller
 
 
 @pytest.fixture

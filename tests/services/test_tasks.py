@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,6 @@ def logs_that_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 def service(gateway: Gateway) -> TaskService:
     """Give a service, on the fake store and on the real one in turn."""
     return TaskService(gateway, TASK_RULES)
-
-
-@pytest.fixture
-def clock() -> Iterator[time_machine.Traveller]:
-    """Give a clock that stands still until it is moved; fake stores go by it."""
-    with time_machine.travel(1_767_268_800.0, tick=False) as traveller:
-        yield traveller
 
 
 @pytest.fixture(params=["off", "on"])

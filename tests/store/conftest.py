@@ -1,6 +1,6 @@
 """What the tests of the store share: a proxy before the real store, managers with any settings."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import pytest
@@ -16,7 +16,7 @@ from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway
 from tests.proxy import Proxy
 from tests.servers import Valkey
-from tests.store.sessions import NOON_S, Place, working_at
+from tests.store.sessions import Place, working_at
 
 
 class MakePlace(Protocol):
@@ -59,13 +59,6 @@ async def real(raw: Redis, valkey: Valkey) -> AsyncIterator[MakePlace]:
     yield make
     for place in places:
         await place.gateway.aclose()
-
-
-@pytest.fixture
-def clock() -> Iterator[time_machine.Traveller]:
-    """Give a clock that stands still until it is moved; fake stores go by it."""
-    with time_machine.travel(NOON_S, tick=False) as traveller:
-        yield traveller
 
 
 @pytest.fixture

@@ -25,9 +25,6 @@ from tests.conftest import QUICKLY
 
 Manager = OnboardingSessionManager
 
-NOON_S = 1_767_268_800.0
-"""The moment at which the fake stores' clock begins, in Unix seconds."""
-
 SHARED = ("metadata", "progress", "events", "ops", "export", "step:", "result", "upload")
 """How the names of the keys begin that share the session's deadline."""
 

@@ -37,10 +37,10 @@ from app.store.gateway import Gateway
 from app.store.index import SessionIndex
 from app.store.retention import RetentionStore
 from app.store.stats import StatsStore
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import NOON_S, QUICKLY, fake_gateway
 from tests.servers import Valkey
 from tests.store.conftest import MakePlace
-from tests.store.sessions import NOON_S, Place
+from tests.store.sessions import Place
 
 LIFETIME_S = 7200
 
