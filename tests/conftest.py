@@ -50,6 +50,12 @@ def hasty_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("uvicorn.server.asyncio", hasty)
 
 
+@pytest.fixture(autouse=True)
+def no_sweeps_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing sweep in the background of a test that counts commands, or looks at all keys."""
+    monkeypatch.setattr("app.services.sweeper.LOOK_EVERY_S", 3600.0)
+
+
 @pytest.fixture
 def clock() -> Iterator[time_machine.Traveller]:
     """Give a clock that stands still until it is moved; fake stores go by it."""

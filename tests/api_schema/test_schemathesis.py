@@ -172,10 +172,10 @@ PASSED_OVER = ("X-Request-ID", "Content-Disposition")
 
 OWN_STRINGS = {
     *("/workspace_id", "/user_id", "/language"),
-    *("/stage", "/message", "/event_id", "/error_message"),
+    *("/stage", "/message", "/event_id", "/error_message", "/cursor"),
 }
 """Where no schema says all that is asked: language tags, no control characters, no message of an
-error where there is none."""
+error where there is none, a cursor that is one of ours."""
 
 
 def drop_what_means_nothing(case: Case[Any]) -> None:
