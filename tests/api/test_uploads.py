@@ -74,7 +74,11 @@ async def uploaded(api: AsyncClient, body: bytes | AsyncIterator[bytes]) -> str:
 async def left(raw: Redis) -> list[str]:
     """Give every key that a session may have left."""
     keys = [key.decode() async for key in raw.scan_iter("onboarding:*", count=1000)]
-    return [key for key in sorted(keys) if not key.startswith(("onboarding:index:", "onboarding:canary"))]
+    return [
+        key
+        for key in sorted(keys)
+        if not key.startswith(("onboarding:index:", "onboarding:canary"))
+    ]
 
 
 async def check_upload(api: AsyncClient, session_id: str, content: bytes, name: str) -> None:
