@@ -8,7 +8,7 @@ from starlette.responses import Response
 from app.api.calls import Call
 from app.api.generation import LanguageTag
 from app.api.operations import Answer, Body, Operation
-from app.errors import InvalidRequestError
+from app.errors import Fault, InvalidRequestError
 from app.onboarding.recovery import RecoveryView
 from app.onboarding.retention import (
     LONGEST_AGE_HOURS,
@@ -90,6 +90,10 @@ async def change_sessions(call: Call) -> Response:
     """Change several sessions."""
     wanted = call.parse(BulkChange)
     updates = wanted.set.model_dump()
+    if not updates:
+        detail = f"Set at least one of {', '.join(_BULK_FIELDS)}"
+        fault = Fault(pointer="/set", code="missing", detail=detail)
+        raise InvalidRequestError(detail, [fault])
     if "metadata" in updates:
         sent = call.document().part("set", InvalidRequestError)
         updates["metadata"] = sent.part("metadata", InvalidRequestError)

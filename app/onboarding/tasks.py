@@ -211,6 +211,9 @@ def check_new_task(
             check_session_id(session_id)
         except InvalidRequestError as unfit:
             faults.append(Fault(pointer="/session_id", code="session_id", detail=unfit.detail))
+        if len(session_id) > MAX_ID_LENGTH:
+            detail = f"At most {MAX_ID_LENGTH} characters"
+            faults.append(Fault(pointer="/session_id", code="string_too_long", detail=detail))
     if faults:
         told = "; ".join(f"{fault['pointer'][1:]}: {fault['detail']}" for fault in faults)
         raise InvalidRequestError(f"Not acceptable: {told}", faults)

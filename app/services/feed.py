@@ -19,6 +19,9 @@ log = structlog.get_logger()
 LOOK_EVERY_S = 0.2
 """Pause between two looks at the feed while nothing happens, in seconds."""
 
+TRY_AGAIN_S = 1.0
+"""Pause before the feed is asked again when it could not be read, in seconds."""
+
 Callback = Callable[[dict[str, Any]], Awaitable[object] | object]
 """Takes an event: its fields as in the session's log, and `session_id`."""
 
@@ -72,6 +75,7 @@ class FeedService:
                 events, place = await self._feed.list_after(place)
             except StoreError as failure:
                 log.warning("feed_unreachable", code=failure.code)
+                await asyncio.sleep(TRY_AGAIN_S)
             for session_id, event in events:
                 for callback in list(self._callbacks[event["type"]]):
                     await _call(callback, session_id, event)

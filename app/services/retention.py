@@ -3,18 +3,22 @@
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from typing import Any, TypeVar, overload
 
 import structlog
 
-from app.clock import now_ms
+from app.clock import monotonic_s, now_ms
+from app.context import get_context
 from app.errors import (
+    CorruptRecordError,
     InvalidRequestError,
     OnboardingError,
     SessionConflictError,
     SessionNotFoundError,
+    StoreUnavailableError,
 )
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.recovery import RecoveryView
@@ -50,6 +54,7 @@ from app.services.sweeper import Sweeper
 from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
 from app.store.catalogue import CatalogueStore
+from app.store.client import end_task
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.recovery import RecoveryStore
@@ -76,8 +81,16 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-CHANGED_AT_ONCE = 16
-"""How many sessions of a bulk change are changed at a time."""
+AT_ONCE = 16
+"""How many sessions of a bulk change, or a clean-up, are worked on at a time."""
+
+TO_ANSWER_S = 3.0
+"""How much of a request's time is left for the answer when a clean-up stops, in seconds."""
+
+SWEPT_WITHIN_S = 1.0
+"""How long a change of the limit waits for the sweep that it causes, in seconds."""
+
+_AWAY = {StoreUnavailableError.code}
 
 
 class RetentionService:
@@ -102,6 +115,7 @@ class RetentionService:
         self._sweeper = sweeper
         self._feed = FeedService(gateway)
         self._defaults = defaults
+        self._sweeping: asyncio.Task[bool] | None = None
 
     # --- Changes of sessions ----------------------------------------------------------------------
 
@@ -131,7 +145,7 @@ class RetentionService:
     async def with_session(
         self, session_id: str, operation: Callable[[dict[str, Any]], Awaitable[T] | T]
     ) -> T:
-        """Have an operation change a session that nobody else changes meanwhile.
+        """Have an operation change a session as if nobody else did.
 
         `operation`, a function or a coroutine function, gets the session as a dict, changes in it
         what `atomic_session_update` can change, and what it returns is returned. Nothing is locked:
@@ -168,7 +182,7 @@ class RetentionService:
         changes = parse_changes(updates)
         if not 1 <= len(session_ids) <= MAX_AT_ONCE:
             raise InvalidRequestError(f"Name 1 to {MAX_AT_ONCE} sessions")
-        turn = asyncio.Semaphore(CHANGED_AT_ONCE)
+        turn = asyncio.Semaphore(AT_ONCE)
 
         async def change(session_id: str) -> BulkFailure | None:
             if not is_session_id(session_id):
@@ -183,6 +197,8 @@ class RetentionService:
         # Named twice, changed once.
         names = list(dict.fromkeys(session_ids))
         failed = [each for each in await asyncio.gather(*map(change, names)) if each is not None]
+        if len(failed) == len(names) and {each["code"] for each in failed} == _AWAY:
+            raise StoreUnavailableError
         log.info("sessions_updated", updated=len(names) - len(failed), failed=len(failed))
         return BulkView(updated=len(names) - len(failed), failed=failed)
 
@@ -209,7 +225,7 @@ class RetentionService:
         updated = await self._sessions.update(
             session_id, changes, at_ms=now_ms(), expected=expected
         )
-        if changes.status is not None:
+        if updated.has_other_status:
             log.info("status_changed", session_id=session_id, status=changes.status)
         return updated
 
@@ -232,12 +248,13 @@ class RetentionService:
         terms = plan_cleanup(chosen, older_than_hours, now_ms(), everything=everything)
         await self._store.reclaim()
         due = await self._store.list_due(terms, most=MAX_AT_ONCE + 1)
-        chosen_now = due[:MAX_AT_ONCE]
-        if dry_run:
-            gone = [each.session_id for each in chosen_now]
-        else:
-            gone = await self._remove(terms, chosen_now)
-        return CleanupView(removed=len(gone), session_ids=gone, more=len(due) > MAX_AT_ONCE)
+        batch = due[:MAX_AT_ONCE]
+        gone = [each.session_id for each in batch]
+        is_more = len(due) > MAX_AT_ONCE
+        if not dry_run:
+            gone, is_done = await self._remove(terms, batch)
+            is_more = is_more or not is_done
+        return CleanupView(removed=len(gone), session_ids=gone, more=is_more)
 
     async def cleanup_failed_sessions(self, max_age_hours: float = 0.0) -> int:
         """Remove the sessions whose generation failed that long ago; return how many.
@@ -265,20 +282,32 @@ class RetentionService:
     async def _clean_ended(self, status: SessionStatus, max_age_hours: float) -> int:
         planned = plan_cleanup(status, max_age_hours, now_ms(), everything=False)
         terms = Terms((status,), Since.ENDED, planned.before_ms, spares_held=True)
-        return len(await self._remove(terms, await self._store.list_due(terms)))
+        gone, _ = await self._remove(terms, await self._store.list_due(terms))
+        return len(gone)
 
-    async def _remove(self, terms: Terms, sessions: Sequence[SessionFacts]) -> list[str]:
-        """Remove those of some sessions that still meet the terms, and name them."""
-        gone = [
-            each.session_id
-            for each in sessions
-            if await self._store.remove(
-                each.session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms()
-            )
-        ]
-        if gone:
-            log.info("sessions_removed", removed=len(gone))
-        return gone
+    async def _remove(
+        self, terms: Terms, sessions: Sequence[SessionFacts]
+    ) -> tuple[list[str], bool]:
+        """Remove those of some sessions that still meet the terms.
+
+        Names them, and says whether all were looked at: a request ends in time to say what it did.
+        """
+
+        async def remove(session_id: str) -> bool:
+            return await self._store.remove(session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms())
+
+        gone: list[str] = []
+        try:
+            for start in range(0, len(sessions), AT_ONCE):
+                if _is_late():
+                    return gone, False
+                names = [each.session_id for each in sessions[start : start + AT_ONCE]]
+                removed = await asyncio.gather(*map(remove, names))
+                gone += [name for name, is_gone in zip(names, removed, strict=True) if is_gone]
+        finally:
+            if gone:
+                log.info("sessions_removed", removed=len(gone))
+        return gone, True
 
     # --- What all processes share -----------------------------------------------------------------
 
@@ -296,19 +325,24 @@ class RetentionService:
     async def reconfigure(self, **changes: float | None) -> ConfigView:
         """Set `max_sessions` (0 = any number), `cleanup_interval_s`, or both, for all processes.
 
-        None goes back to the settings. A lower limit makes for a clean-up at once, of what has
-        expired or what a rule ends; no other session is lost for it, and as long as there are more,
-        none is made.
+        None goes back to the settings. A lower limit has the sweeper come at once, for what has
+        expired and what a rule ends; no other session is lost for it, and as long as there are
+        more, none is made.
         Raises `InvalidRequestError`.
         """
         checked = check_config(changes)
-        before = await self.get_config()
+        before = None
+        with suppress(CorruptRecordError):
+            before = await self.get_config()
         await self._store.set_config(checked)
         after = await self.get_config()
         log.info("config_changed", **after)
-        limit, limit_before = after["max_sessions"], before["max_sessions"]
-        if limit and (limit < limit_before or not limit_before):
-            await self._sweeper.sweep(thoroughly=False)
+        limit = after["max_sessions"]
+        if limit and (before is None or not 0 < before["max_sessions"] <= limit):
+            await self._store.want_sweep()
+            self._sweeping = asyncio.create_task(self._sweeper.sweep_if_due(), name="sweep")
+            # Most sweeps take no longer; nobody waits for one that does.
+            await asyncio.wait([self._sweeping], timeout=SWEPT_WITHIN_S)
         return after
 
     def register_session_callback(self, event_type: str, callback: Callback) -> Awaitable[None]:
@@ -339,12 +373,20 @@ class RetentionService:
 
     async def aclose(self) -> None:
         """Stop what goes on in the background; connections stay as they are."""
+        if self._sweeping is not None:
+            await end_task(self._sweeping)
         await self._sweeper.aclose()
         await self._feed.aclose()
 
     async def _close(self) -> None:
         await self.aclose()
         await self._gateway.aclose()
+
+
+def _is_late() -> bool:
+    """Say whether the running request, if there is one, has to come to its end."""
+    context = get_context()
+    return context is not None and monotonic_s() > context.deadline_s - TO_ANSWER_S
 
 
 def make_retention_service(

@@ -74,7 +74,8 @@ class Sweeper:
         await self._looking.aclose()
 
     async def sweep_if_due(self) -> bool:
-        """Sweep when the interval is over and nobody else does; say whether it was done."""
+        """Sweep when it is time, and nobody else does; say whether it was done."""
+        await self._retention.finish_evictions(at_ms=now_ms())
         return await self._try_to_sweep(now=False)
 
     async def sweep(self, *, thoroughly: bool = True) -> bool:
@@ -137,7 +138,7 @@ class Sweeper:
         return is_gone
 
     async def _repair(self) -> int:
-        repaired, cursor = 0, "0"
+        repaired, cursor = await self._retention.adopt(), "0"
         while True:
             cursor, mended = await self._retention.repair(cursor)
             repaired += mended

@@ -91,7 +91,7 @@ async def close_client(client: Redis | RedisCluster) -> None:
         await client.connection_pool.sentinel_manager.aclose()
 
 
-async def end_task(task: asyncio.Task[None]) -> None:
+async def end_task(task: asyncio.Task[Any]) -> None:
     """End a task that uses a client; what it is doing is given up.
 
     Once is not enough: a cancellation that meets asyncio.timeout as it is entered is taken for the

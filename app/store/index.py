@@ -33,6 +33,12 @@ RECLAIMED_AT_ONCE = 200
 RESERVED_MS = 60_000
 """How long a session that is about to be made may take, in milliseconds: more than any request."""
 
+SCANNED_AT_ONCE = 500
+"""How many keys one look at the whole store takes in."""
+
+ADOPTED = ":adopted"
+"""Field of `entries`: every session that was there before the index was looked for."""
+
 TRIES = 3
 """How often following a session is tried while others follow it too."""
 
@@ -113,7 +119,8 @@ class SessionIndex:
                 "place_session",
                 [self._entries],
                 [
-                    *(session_id, fed, events[-1][0] if events else fed, created, class_, ended),
+                    *(session_id, fed if entry else "", events[-1][0] if events else fed),
+                    *(created, class_, ended),
                     *(ever, changes, workspace, user, activity, deadline, pin),
                     *(len(times), *times, *_flat(events)),
                 ],
@@ -164,6 +171,33 @@ class SessionIndex:
         names = entries if isinstance(entries, dict) else entries[::2]
         await self.follow_all([name.decode() for name in names if not name.startswith(b":")])
         return str(following.decode() if isinstance(following, bytes) else following), 0
+
+    async def adopt(self) -> int:
+        """Bring in the sessions that the index does not know, and say how many there were.
+
+        They were made before there was an index, or the index was lost since. All keys are looked
+        through for them, once for each index. Not on a Cluster: there, a session comes in with its
+        next write.
+        """
+        is_known = await self._gateway.command("HEXISTS", self._entries, ADOPTED)
+        if is_known or self._gateway.mode == "cluster":
+            return 0
+        adopted, cursor = 0, "0"
+        while True:
+            following, found = await self._gateway.command(
+                *("SCAN", cursor, "MATCH", self._keys.session("*").progress),
+                *("COUNT", SCANNED_AT_ONCE),
+            )
+            ids = [key.decode().split(":")[1].strip("{}") for key in found]
+            if ids:
+                entries = await self._gateway.command("HMGET", self._entries, *ids)
+                unknown = [name for name, entry in zip(ids, entries, strict=True) if entry is None]
+                await self.follow_all(unknown)
+                adopted += len(unknown)
+            cursor = following.decode() if isinstance(following, bytes) else str(following)
+            if cursor == "0":
+                await self._gateway.command("HSET", self._entries, ADOPTED, 1)
+                return adopted
 
     async def _unplace(
         self, session_id: str, reason: DeleteReason, at_ms: int, spare_since: int | str

@@ -70,8 +70,7 @@ class RecoveryStore:
         return remains
 
     async def _mend(self, keys: SessionKeys, parts: Parts, remains: Remains, at_ms: int) -> None:
-        _, progress = parts.get("progress", (b"", []))
-        changes = _fields(progress).get(b"changes", b"")
+        changes = _hash(*parts.get("progress", (b"", []))).get(b"changes", b"")
         strange = [entry[0] for entry in _events(parts) if not _can_be_read(read_event, "", *entry)]
         args: list[Argument] = [os.urandom(12).hex(), self._gateway.lifetime_ms, at_ms, changes]
         args += [len(remains.lost), *remains.lost, len(strange), *strange]

@@ -11,6 +11,7 @@ from app.onboarding.retention import (
     Terms,
 )
 from app.onboarding.sessions import SessionStatus
+from app.store.faults import corrupt
 from app.store.gateway import Argument, Gateway
 from app.store.index import SessionIndex
 from app.store.sessions import SessionStore
@@ -86,6 +87,10 @@ class RetentionStore:
             for session_id in await self._index.list_condemned():
                 await self._sessions.evict(session_id, at_ms=at_ms)
 
+    async def adopt(self) -> int:
+        """Bring in sessions that the index does not know: as `SessionIndex.adopt`."""
+        return await self._index.adopt()
+
     async def repair(self, cursor: str) -> tuple[str, int]:
         """Mend a part of the index: as `SessionIndex.repair`."""
         return await self._index.repair(cursor)
@@ -107,6 +112,10 @@ class RetentionStore:
         ]
         return (await self._gateway.evaluate("claim_sweep", self._entries, args)).word == "ok"
 
+    async def want_sweep(self) -> None:
+        """Make a sweep due, whoever does it."""
+        await self._gateway.command("HSET", self._keys.index("cleanup"), "wanted", 1)
+
     async def finish_sweep(self, sweeper: str, *, failures: int, tasks_removed: int) -> None:
         """Give the lease back, and note what came of the sweep."""
         args: list[Argument] = [sweeper, failures, tasks_removed]
@@ -119,9 +128,12 @@ class RetentionStore:
         limit, interval = await self._gateway.command(
             "HMGET", self._config, "max_sessions", "cleanup_interval_s"
         )
-        return Config(
-            None if limit is None else int(limit), None if interval is None else float(interval)
-        )
+        try:
+            return Config(
+                None if limit is None else int(limit), None if interval is None else float(interval)
+            )
+        except ValueError:
+            raise corrupt(self._config, "the configuration") from None
 
     async def set_config(self, changes: Mapping[str, int | float | None]) -> None:
         """Set fields of `Config`; None goes back to the settings."""

@@ -14,6 +14,7 @@ from app.errors import (
     InvalidStepIdError,
     InvalidTransitionError,
     NotFinalizedError,
+    OnboardingError,
     SessionCapacityError,
     SessionNotFoundError,
 )
@@ -52,9 +53,14 @@ class Updated(NamedTuple):
     keys: SessionKeys
     shown: Sequence[Any]
 
+    @property
+    def has_other_status(self) -> bool:
+        """Whether its status is another one now."""
+        return bool(self.shown[2])
+
     def read(self) -> Session:
         """Read it. Raises `CorruptRecordError` where something else of it is damaged."""
-        return _session(self.session_id, self.keys, *(_pairs(part) for part in self.shown))
+        return _session(self.session_id, self.keys, *(_pairs(part) for part in self.shown[:2]))
 
 
 class SessionChangedError(Exception):
@@ -325,6 +331,11 @@ class SessionStore:
             # repeat of the delete would find nothing that still tells.
             with suppress(CorruptRecordError):
                 record = await self._gateway.command("HGET", keys.metadata, "record")
+            if reason is not DeleteReason.CAPACITY:
+                # What happened since the index followed last goes with the session. One that was
+                # evicted is out of the index, where following would put it back.
+                with suppress(OnboardingError):
+                    await self._index.follow(session_id)
         only = ["", "", "", ""] if terms is None else _arguments(terms)
         reply = await self._gateway.remove(
             "delete_session", keys[:4], [steps, at_ms, reason.event, reason, *only]

@@ -82,8 +82,8 @@ class StatsStore:
             oldest_ms=_moment_ms(oldest),
             newest_ms=_moment_ms(newest),
             max_sessions=int(limit),
-            cleanup=_counters(cleanup),
-            funnel=_counters(funnel),
+            cleanup=_counters(self._keys.index("cleanup"), cleanup),
+            funnel=_counters(self._keys.index(f"funnel:{pin}"), funnel),
         )
 
     async def occupancy(self, at_ms: int) -> Occupancy:
@@ -184,13 +184,17 @@ def _listed(row: Sequence[Any]) -> Listed:
     status, _, kind = class_.partition(":")
     facts = SessionFacts(
         session_id=session_id,
-        status=SessionStatus(status),
+        # What no script writes any more is told as what an operator will look at.
+        status=SessionStatus(status) if status in _STATUSES else SessionStatus.ERROR,
         is_held=kind == "held",
         created_ms=int(created),
         ended_ms=int(ended) if ended else None,
         activity_ms=int(float(activity)),
     )
     return Listed(facts, workspace, user)
+
+
+_STATUSES = frozenset(SessionStatus)
 
 
 def _is(class_: str, status: SessionStatus) -> bool:
@@ -201,5 +205,10 @@ def _moment_ms(place: bytes) -> int | None:
     return int(place.partition(b":")[0]) if place else None
 
 
-def _counters(flat: Sequence[bytes]) -> dict[str, int]:
-    return {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
+def _counters(key: str, flat: Sequence[bytes]) -> dict[str, int]:
+    try:
+        return {
+            name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)
+        }
+    except ValueError:
+        raise corrupt(key, "the counters") from None

@@ -107,7 +107,10 @@ class TaskStore:
         key = self._keys.task(task_id)
         task = self._read(task_id, await self._gateway.command("HMGET", key, *_FIELDS))
         if task is None and await self._gateway.command("EXISTS", key):
-            raise corrupt(key, "the task")
+            # Made between the two looks, or without any field of a task.
+            task = self._read(task_id, await self._gateway.command("HMGET", key, *_FIELDS))
+            if task is None:
+                raise corrupt(key, "the task")
         return task
 
     async def change(

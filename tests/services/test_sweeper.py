@@ -94,7 +94,7 @@ class Process:
                     named |= {member.decode().split(":")[-1] for member in found}
                 case b"hash" if key.endswith(b":entries"):
                     found = await self.gateway.command("HKEYS", key)
-                    named |= {name.decode() for name in found if name != b":created_s"}
+                    named |= {name.decode() for name in found if not name.startswith(b":")}
         return named
 
     async def ends(self) -> list[tuple[str, str, object]]:

@@ -86,6 +86,8 @@ async def read_index(gateway: Gateway) -> Index:
         kind = await gateway.command("TYPE", key)
         if name == "entries":
             for session_id, text in pairs(await gateway.command("HGETALL", key)):
+                if session_id == ":adopted":
+                    continue
                 if session_id == ":created_s":
                     index.created_sum_s = int(text)
                 else:

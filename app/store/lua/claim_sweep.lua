@@ -14,10 +14,16 @@ local holder = redis.call('GET', lease)
 if holder and holder ~= ARGV[1] then
   return {'taken'}
 end
-local last_run = tonumber(redis.call('HGET', INDEX .. 'cleanup', 'last_run') or nil)
-local is_due = not last_run or store_time_ms() - last_run >= cleanup_interval_ms(tonumber(ARGV[3]))
+local cleanup = redis.call('HMGET', INDEX .. 'cleanup', 'last_run', 'wanted')
+local last_run = tonumber(cleanup[1] or nil)
+local is_due = cleanup[2] or not last_run or store_time_ms() - last_run >= cleanup_interval_ms(tonumber(ARGV[3]))
 if not holder and not is_due and ARGV[4] ~= '1' then
   return {'not_due'}
+end
+-- A full store refuses a script whose first write takes memory, and needs the sweep most.
+redis.call('DEL', lease)
+if not holder then
+  redis.call('HDEL', INDEX .. 'cleanup', 'wanted')
 end
 redis.call('SET', lease, ARGV[1], 'PX', ARGV[2])
 return {'ok'}

@@ -57,7 +57,7 @@ local function erase(prefix, steps, at_ms, kind, reason)
   end
   if not IS_TAGGED then
     local id = string.match(prefix, '^onboarding:(.*):$')
-    unplace(id)
+    pcall(unplace, id)
     if removed > 0 then
       report_end(id, kind, reason, at_ms)
     end

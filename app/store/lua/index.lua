@@ -10,7 +10,8 @@
 --
 -- The index lies in one slot. Without hash tags that is the slot of the sessions too, and the script
 -- that changes a session changes the index; with them the index follows (store/index.py).
---   entries          hash: session -> what places it; ':created_s' -> the sum of all creations in s
+--   entries          hash: session -> what places it; ':created_s' -> the sum of all creations in s;
+--                    ':adopted', when sessions from before the index were looked for
 --   deadlines        zset by the end of the lifetime in Unix ms
 --   activity:<class> zset by the last accepted write in Unix ms
 --   ended:<class>    zset by the end of the generation in Unix ms

@@ -52,7 +52,7 @@ local deadline = whole(store_time_ms() + tonumber(ARGV[2]))
 local last = last_event + 1 + tonumber(ARGV[last_event + 1])
 redis.call('HSET', KEYS[2], unpack(ARGV, last_event + 2, last))
 redis.call('HSET', KEYS[2], 'mended_by', ARGV[1], 'updated_at', ARGV[3], 'deadline', deadline,
-  'changes', whole((tonumber(ARGV[4]) or 0) + 1))
+  'changes', whole((string.find(ARGV[4], '^%d+$') and #ARGV[4] < 16 and tonumber(ARGV[4]) or 0) + 1))
 redis.call('HSET', KEYS[1], unpack(ARGV, last + 1))
 redis.call('PEXPIREAT', KEYS[1], deadline)
 redis.call('PEXPIREAT', KEYS[2], deadline)

@@ -12,8 +12,9 @@ local function parts_of(key)
   local body = redis.pcall('HMGET', key, 'transfer', 'parts')
   local names = {}
   -- A body that is damaged, or none, has no parts that anybody could find.
-  if not body.err and body[1] then
-    for part = 1, tonumber(body[2]) or 0 do
+  -- Nor has one that says to have more than there can be: counting them would hold up everybody.
+  if not body.err and body[1] and string.find(body[2] or '', '^%d%d?%d?%d?%d?$') then
+    for part = 1, tonumber(body[2]) do
       names[part] = key .. ':' .. body[1] .. ':' .. part
     end
   end

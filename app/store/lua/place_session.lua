@@ -2,7 +2,8 @@
 -- Have the index and the feed follow a session that lies in another slot.
 --
 -- KEYS  1 entries
--- ARGV  1 session, 2 id of the last event that the feed had when the facts were read ('-' = none),
+-- ARGV  1 session, 2 id of the last event that the feed had when the facts were read ('-' = none, '' =
+--       the session was not in the index then),
 --       3 id of the last one that it has now, then as read_facts.lua gives them: 4 created, 5 class,
 --       6 end of the generation, 7 steps ever saved, 8 count of changes, 9 workspace, 10 user, 11 last
 --       activity, 12 deadline, 13 catalogue pin, 14 number of steps, from 15 when each was saved; then
@@ -18,6 +19,10 @@ if redis.call('SISMEMBER', INDEX .. 'condemned', id) == 1 then
   return {'ok'}
 end
 local before = read_entry(id)
+if not before and ARGV[2] ~= '' then
+  -- It was taken out since the facts were read, because it is gone: they would bring it back.
+  return {'superseded'}
+end
 if before and before.changes ~= '0' and before.created ~= ARGV[4] then
   -- One of the same name has outlived its lifetime unseen.
   unplace(id)

@@ -27,8 +27,13 @@ for _, name in ipairs(names) do
     value = redis.call('GET', key)
   elseif kind == 'hash' then
     value = redis.call('HGETALL', key)
-    for _, part in ipairs((name == 'result' or name == 'upload') and parts_of(key) or {}) do
-      kind = redis.call('EXISTS', part) == 1 and kind or 'partial'
+    if name == 'result' or name == 'upload' then
+      local bytes = 0
+      for _, part in ipairs(parts_of(key)) do
+        local length = redis.pcall('STRLEN', part)
+        bytes = bytes + (type(length) == 'number' and length or 0)
+      end
+      kind = bytes == tonumber(redis.call('HGET', key, 'size') or nil) and kind or 'partial'
     end
   elseif kind == 'stream' then
     value = redis.call('XRANGE', key, '-', '+')

@@ -13,7 +13,7 @@ local removed = 0
 for i = 1, #found[2], 2 do
   local id = found[2][i]
   local prefix = 'onboarding:' .. id .. ':'
-  if id ~= CREATED_S and redis.call('EXISTS', prefix .. 'metadata', prefix .. 'progress') == 0 then
+  if string.sub(id, 1, 1) ~= ':' and redis.call('EXISTS', prefix .. 'metadata', prefix .. 'progress') == 0 then
     unplace(id)
     report_end(id, 'expired', 'lifetime', whole(store_time_ms()))
     removed = removed + 1

@@ -57,26 +57,27 @@ if idempotency then
   end
 end
 
-local found = redis.call('HMGET', PROGRESS, 'status', 'saved', 'highest', 'created_at',
-  'updated_at', 'deadline', 'finalized_at', 'revision', 'changes', 'catalogue', 'held', 'ever',
-  'ended_at')
+local FIELDS = {'status', 'saved', 'highest', 'created_at', 'updated_at', 'deadline', 'finalized_at',
+  'revision', 'changes', 'catalogue', 'held', 'ever', 'ended_at'}
+local found = redis.call('HMGET', PROGRESS, unpack(FIELDS))
+local state = {}
+for i, field in ipairs(FIELDS) do
+  state[field] = found[i]
+end
 -- `held` is '0' when every answer is in an export, `ever` marks the steps that were ever saved,
 -- `ended_at` is when the generation ended, '' before that.
-local state = {
-  status = found[1], saved = found[2], highest = found[3], created_at = found[4],
-  updated_at = found[5], finalized_at = found[7], revision = found[8], changes = found[9],
-  catalogue = found[10], held = found[11], ever = found[12], ended_at = found[13] or '',
-}
+state.ended_at = state.ended_at or ''
 
 -- A session that is there without all of its state is damage, which must not pass for absence.
+local WHOLE = '^%d+$'
+local SHAPES = {saved = '^[01]+$', highest = WHOLE, created_at = WHOLE, updated_at = WHOLE,
+  deadline = WHOLE, finalized_at = '^%d*$', revision = WHOLE, changes = WHOLE, catalogue = '.'}
 if state.status then
-  for field = 1, 10 do
-    local is_number = field > 2 and field < 7 or field == 8 or field == 9
-    if not found[field] or (is_number and not tonumber(found[field])) then
-      return {'damaged', PROGRESS}
-    end
+  local is_sound = string.find('|pending|processing|complete|error|', '|' .. state.status .. '|', 1, true)
+  for field, shape in pairs(SHAPES) do
+    is_sound = is_sound and state[field] and string.find(state[field], shape)
   end
-  if not string.find(state.saved, '^[01]+$') then
+  if not is_sound then
     return {'damaged', PROGRESS}
   end
 elseif redis.call('EXISTS', PROGRESS, METADATA) > 0 then
@@ -85,7 +86,7 @@ end
 -- A log that is none fails here, before anything is written, and not after.
 local events = redis.call('XLEN', EVENTS)
 
-local deadline_ms = tonumber(found[6] or 0)
+local deadline_ms = tonumber(state.deadline or 0)
 local step_ms = math.max(1, math.floor(lifetime_ms / DEADLINE_STEPS))
 local wanted_ms = math.ceil((now_ms + lifetime_ms) / step_ms) * step_ms
 -- A log or a memory that was lost is begun anew, and must not live for ever.
@@ -217,7 +218,8 @@ local function answer(reply, kept)
     move_deadline()
   end
   if not IS_TAGGED then
-    keep_place()
+    -- The index is a hint: a write must not fail because of it, and has been done already.
+    pcall(keep_place)
   end
   if recorded then
     -- Tells who follows the session to look at its log. A write must not fail because the store

@@ -8,7 +8,8 @@
 --       10 number of values to set in the metadata, then field and value of each, then the fields
 --       to remove
 --
--- Returns {'ok', metadata, progress} as field and value lists, {'not_found'},
+-- Returns {'ok', metadata, progress, '1' when the status is another one now} with the hashes as
+--         field and value lists, {'not_found'},
 --         {'invalid_transition', current status}, {'changed'} when 6 does not hold
 --
 -- Safe to send twice: see session.lua.
@@ -52,8 +53,11 @@ if language or others then
 end
 if is_entering then
   enter(ARGV[7], ARGV[9], '')
+elseif ARGV[9] ~= '' then
+  change('error_message', ARGV[9])
 end
 if moved then
   redis.call('HSET', PROGRESS, 'deadline', deadline)
 end
-return answer({'ok', redis.call('HGETALL', METADATA), redis.call('HGETALL', PROGRESS)})
+return answer({'ok', redis.call('HGETALL', METADATA), redis.call('HGETALL', PROGRESS),
+  is_entering and '1' or ''})
