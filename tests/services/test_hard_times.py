@@ -33,7 +33,8 @@ async def manager(
     )
     manager = TryoutManager(connect(settings), settings)
     yield manager
-    await manager.gateway.aclose()
+    # Those for large bodies too.
+    await manager.generation.aclose()
 
 
 async def listed(manager: TryoutManager) -> list[str]:
@@ -113,7 +114,7 @@ async def test_a_session_that_is_gone_does_not_come_back_by_facts_that_were_read
     )
     assert placed.word == "superseded"
     assert not await raw.hexists(entries, session_id)
-    await manager.gateway.aclose()
+    await manager.generation.aclose()
 
 
 @pytest.mark.parametrize("manager", ["off"], indirect=True)
