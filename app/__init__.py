@@ -31,6 +31,10 @@ All sessions are listed, counted and chosen for removal from one index (`store/l
 script that changes a session keeps it true in the same step; on a Cluster it follows within a
 second (`store/index`). The sweeper mends it in both: the index is a hint, the session the truth.
 
+Questions about the wizard are answered by an agent (`onboarding/assistant`), ours or a deployer's:
+it is made for one question and runs in a task of its own, so that it is closed whatever becomes of
+the request. Ours looks answers up in the help texts (`onboarding/guide`).
+
 A feature has the same file name in every ring it lives in (`ls app/*/steps.*`); the manager has all
 of them, because callers know one class by that name. The JSON that is kept exactly is a rule of its
 own (`onboarding/documents`), because HTTP and Python callers are held to the same one; `address`

@@ -31,6 +31,8 @@ def main() -> int:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
         _warn(settings)
+        # A bad one is told in one line here, and not by every worker.
+        settings.load_agent_factory()
         with ExitStack() as stack:
             if settings.store_address is None:
                 store = EmbeddedStore.start(settings.data_dir)

@@ -270,6 +270,15 @@ class TooManyStreamsError(StateError):
         super().__init__(f"As many live streams as {whose} may have are open; close one, or wait")
 
 
+class RateLimitedError(StateError):
+    """More is asked than is let through at a time."""
+
+    code = "rate_limited"
+
+    def __init__(self) -> None:
+        super().__init__("Too many questions are being asked; ask again in a moment")
+
+
 class IdempotencyInProgressError(StateError):
     """The first request with this Idempotency-Key has not been answered yet."""
 
@@ -310,6 +319,16 @@ class VersionConflictError(StateError):
         state = "is not saved" if current_version is None else f"is at version {current_version}"
         super().__init__(f"The precondition does not hold: the step {state}; read it and try again")
         self.current_version = current_version
+
+
+# --- The agent cannot do it -----------------------------------------------------------------------
+
+
+class AgentFailedError(OnboardingError):
+    """The agent that was to answer a question did not."""
+
+    def __init__(self) -> None:
+        super().__init__("The question could not be answered; the operators have been told")
 
 
 # --- The store cannot do it -----------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The settings: every variable of the environment that the service reads, and what it may be."""
 
 import os
+import pkgutil
 import re
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +20,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.address import StoreAddress, parse_store_url, upstash_address
+from app.onboarding.assistant import AgentFactory
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.guide import QuestionEntry, is_search_there, parse_questions
 from app.onboarding.retention import (
     LONGEST_INTERVAL_S,
     MOST_SESSIONS,
@@ -35,7 +39,11 @@ PREFIX = "ONBOARDING_"
 LONGEST_LIFE_S = 1000 * 365 * 86400
 """Longest life that is counted, in seconds: 1,000 years. A deadline must stay in the calendar."""
 
+MOST_ASKS = 100_000
+"""Highest limit of questions within a second: when each was asked is kept for so long."""
+
 _PACKAGED_STEPS = Path(__file__).parent / "onboarding" / "catalogue.json"
+_PACKAGED_QUESTIONS = Path(__file__).parent / "onboarding" / "questions.json"
 
 Life = Annotated[int, Field(ge=1), AfterValidator(lambda life_s: min(life_s, LONGEST_LIFE_S))]
 
@@ -75,6 +83,54 @@ def _steps_file(path: Path) -> Path:
     except OSError as unreadable:
         raise ValueError(f"the file cannot be read ({unreadable.strerror})") from None
     return path
+
+
+def _qa_file(path: Path) -> Path:
+    try:
+        parse_questions(path.read_bytes())
+    except OSError as unreadable:
+        raise ValueError(f"the file cannot be read ({unreadable.strerror})") from None
+    return path
+
+
+def _agent(name: str | None) -> str | None:
+    if name is not None:
+        _find_agent(name)
+    return name
+
+
+def _find_agent(name: str) -> Callable[[], object]:
+    """Find what gives a factory of agents. Raises `ValueError`."""
+    if not re.fullmatch(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*:[A-Za-z_]\w*", name, re.ASCII):
+        raise ValueError("package.module:factory, such as my_agent.assistant:make_factory")
+    module = name.partition(":")[0]
+    try:
+        found = pkgutil.resolve_name(name)
+    except ImportError as missing:
+        lost = missing.name or module
+        raise ValueError(f"{module} cannot be imported ({lost} is not there, or unfit)") from None
+    except AttributeError:
+        raise ValueError(f"{name} is not there: the module has no such name") from None
+    except Exception as failure:  # noqa: BLE001 - it runs whatever the module does
+        kind = type(failure).__name__
+        raise ValueError(f"{module} cannot be imported (it raises {kind})") from None
+    if not callable(found):
+        raise ValueError(f"{name} cannot be called")  # noqa: TRY004 - as settings do
+    return found  # type: ignore[no-any-return] # what it gives is looked at
+
+
+@cache
+def _make_agent_factory(name: str) -> AgentFactory:
+    """Have a factory of agents made, once in a process. Raises `ValueError`."""
+    find = _find_agent(name)
+    try:
+        factory: Any = find()
+    except Exception as failure:  # noqa: BLE001 - nobody knows what it may raise
+        raise ValueError(f"{name} gives no factory (it raises {type(failure).__name__})") from None
+    if not callable(getattr(factory, "make", None)):
+        reason = "what it gives has no method make"
+        raise ValueError(f"{name} gives no factory: {reason}")  # noqa: TRY004 - as settings do
+    return factory  # type: ignore[no-any-return] # as far as that can be told
 
 
 def _rules(value: object) -> object:
@@ -153,6 +209,12 @@ class Settings(BaseSettings):
     max_streams: int = Field(5000, ge=1)
     max_streams_per_session: int = Field(16, ge=1)
 
+    # Who answers questions, and how many at a time.
+    agent: Annotated[str | None, AfterValidator(_agent)] = None
+    qa_file: Annotated[Path, AfterValidator(_qa_file)] = _PACKAGED_QUESTIONS
+    max_concurrent_asks: int = Field(10, ge=1, le=10_000)
+    asks_per_second: int = Field(50, ge=1, le=MOST_ASKS)
+
     # How long is waited, and how often tried.
     redis_timeout_s: float = Field(1.0, gt=0, le=60)
     retry_attempts: int = Field(4, ge=1, le=20)
@@ -180,6 +242,21 @@ class Settings(BaseSettings):
     def catalogue(self) -> Catalogue:
         """The catalogue that new sessions begin with."""
         return Catalogue.parse(self.steps_file.read_bytes())
+
+    @cached_property
+    def questions(self) -> tuple[QuestionEntry, ...]:
+        """The questions and answers that the built-in agent knows beside the help texts."""
+        return parse_questions(self.qa_file.read_bytes())
+
+    def load_agent_factory(self) -> AgentFactory | None:
+        """Give what makes agents, made once in a process; None stands for the built-in one.
+
+        Raises `SettingsError` when what the deployer named gives none.
+        """
+        try:
+            return None if self.agent is None else _make_agent_factory(self.agent)
+        except ValueError as unfit:
+            raise SettingsError(f"{PREFIX}AGENT: {unfit}") from None
 
     @property
     def task_rules(self) -> Rules:
@@ -210,6 +287,11 @@ class Settings(BaseSettings):
         if address is None and self.environment == "production":
             known = "REDIS_URL, or UPSTASH_REDIS_URL and UPSTASH_REDIS_TOKEN"
             raise ValueError(f"ENVIRONMENT: production needs a Redis of its own; set {known}")
+        if self.agent is None and not is_search_there():
+            raise ValueError(
+                f"{PREFIX}AGENT: the built-in agent needs SQLite with FTS5, which this Python has"
+                " not; name an agent of your own"
+            )
         if address is not None and address.mode == "cluster" and self.key_hash_tag == "off":
             raise ValueError(f"{PREFIX}KEY_HASH_TAG: off cannot work on a Cluster; use auto or on")
         return self

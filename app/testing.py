@@ -23,6 +23,7 @@ from app.errors import SessionNotFoundError
 from app.onboarding.documents import Document
 from app.onboarding.retention import HOUR_MS
 from app.onboarding.sessions import Owner, SessionStatus, check_owner, parse_status
+from app.services.assistant import AssistantService, make_assistant
 from app.services.files import make_file_service
 from app.services.generation import GenerationService
 from app.services.manager import OnboardingSessionManager, make_rules
@@ -60,6 +61,7 @@ class TryoutManager(OnboardingSessionManager):
         self.settings = settings
         self.tasks = TaskService(gateway, settings.task_rules)
         self.retention: RetentionService = make_retention_service(gateway, self.tasks, settings)
+        self.assistant: AssistantService = make_assistant(gateway, settings)
         self.stats: StatsService = make_stats_service(gateway, settings)
         self.generation = GenerationService(gateway, make_file_service(gateway, self, settings))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import structlog
 from typing_extensions import TypedDict
 
+from app.services.assistant import AssistantService, make_assistant
 from app.services.background import Repeated
 from app.services.events import EventService, StreamLimits
 from app.services.files import FileService, make_file_service
@@ -33,6 +34,7 @@ class Services:
     tasks: TaskService
     retention: RetentionService
     stats: StatsService
+    assistant: AssistantService
     health: HealthMonitor
     learning: Repeated
     gateway: Gateway
@@ -53,6 +55,7 @@ class Services:
         """Tell balancers and everybody who follows a session that this process is about to end."""
         self.health.stop_soon()
         self.events.stop_soon()
+        self.assistant.stop_soon()
 
     async def aclose(self) -> None:
         """Close what was opened, last opened first."""
@@ -60,6 +63,7 @@ class Services:
         await self.learning.aclose()
         await self.subscription.aclose()
         await self.health.aclose()
+        await self.assistant.aclose()
         await self.files.aclose()
         await self.gateway.aclose()
 
@@ -72,7 +76,11 @@ class AppState(TypedDict):
 
 
 def build_services(settings: Settings) -> Services:
-    """Construct the services. Raises `EmbeddedStoreError` when there is no store to attach to."""
+    """Construct the services.
+
+    Raises `EmbeddedStoreError` when there is no store to attach to, and `SettingsError` when what
+    the deployer named gives no agents.
+    """
     gateway = connect(settings)
     subscription = make_subscription(settings)
     manager = make_manager(gateway, settings)
@@ -87,6 +95,7 @@ def build_services(settings: Settings) -> Services:
         tasks=tasks,
         retention=make_retention_service(gateway, tasks, settings),
         stats=make_stats_service(gateway, settings),
+        assistant=make_assistant(gateway, settings),
         health=HealthMonitor(make_probe(settings), gateway),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,

@@ -35,31 +35,34 @@ async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient) -> N
     answers = output.decode().split("--------\n")[:-1]
 
     assert shell.returncode == 0
-    assert len(answers) == len(lines) == 30
+    assert len(answers) == len(lines) == 32
     assert "urn:onboarding:problem" not in output.decode()
     assert '"version":2' in answers[6]
     assert '"is_draft":true' in answers[7]
     assert '"completed_steps":4' in answers[9]
-    assert '"complete":false' in answers[11]
-    assert '"status":"processing"' in answers[12]
-    assert '"progress":40' in answers[13]
-    assert '"filename":"bcm.json"' in answers[14]
-    assert '"status":"complete"' in answers[15]
-    assert '"progress":100' in answers[16]
-    assert "event: snapshot" in answers[17]
-    assert "event: session_created" in answers[17]
-    assert "event: result_stored" in answers[17]
-    assert answers[18].strip() == '{"summary": "a manifest"}'
-    assert '"revision":1' in answers[19]
-    assert '"status":"active"' in answers[21]
-    assert '"status":"completed"' in answers[22]
-    assert '"total_sessions":1' in answers[23]
-    assert '"removed":1' in answers[24]
-    assert '"next_cursor":null' in answers[26]
-    assert '"total_sessions":1' in answers[27]
-    assert '"saved":1' in answers[27]
-    assert '"overall_health":"healthy"' in answers[28]
-    assert '"removed":0' in answers[29]
+    assert '"step_id":5' in answers[10]
+    assert "event: done" in answers[11]
+    assert '"step_id":14' in answers[11]
+    assert '"complete":false' in answers[13]
+    assert '"status":"processing"' in answers[14]
+    assert '"progress":40' in answers[15]
+    assert '"filename":"bcm.json"' in answers[16]
+    assert '"status":"complete"' in answers[17]
+    assert '"progress":100' in answers[18]
+    assert "event: snapshot" in answers[19]
+    assert "event: session_created" in answers[19]
+    assert "event: result_stored" in answers[19]
+    assert answers[20].strip() == '{"summary": "a manifest"}'
+    assert '"revision":1' in answers[21]
+    assert '"status":"active"' in answers[23]
+    assert '"status":"completed"' in answers[24]
+    assert '"total_sessions":1' in answers[25]
+    assert '"removed":1' in answers[26]
+    assert '"next_cursor":null' in answers[28]
+    assert '"total_sessions":1' in answers[29]
+    assert '"saved":1' in answers[29]
+    assert '"overall_health":"healthy"' in answers[30]
+    assert '"removed":0' in answers[31]
 
 
 def test_every_operation_stands_in_the_table_of_calls() -> None:

@@ -18,9 +18,11 @@ from app.onboarding.retention import ExpiryRule, Since
 from app.onboarding.sessions import SessionStatus
 from app.onboarding.tasks import TaskRule
 from app.settings import Settings, SettingsError, load_settings, unknown_variables, variable_of
+from tests.agents import AGENT
 from tests.servers import HOST
 
 PACKAGED = Path(__file__).parents[1] / "app" / "onboarding" / "catalogue.json"
+QUESTIONS = PACKAGED.with_name("questions.json")
 
 STEP = {"id": 1, "key": "first", "title": "First", "phase": 1, "required": True}
 
@@ -206,6 +208,38 @@ VARIABLES = [
         16,
         {"1": 1, "100": 100},
         ["0", "-1", *NOT_AN_INTEGER],
+    ),
+    Variable(
+        "ONBOARDING_AGENT",
+        "agent",
+        None,
+        {"tests.agents:make_factory": "tests.agents:make_factory"},
+        [
+            *("agent", "tests.agents", ":make_factory", "tests.agents:", "tests agents:f"),
+            *("tests/agents.py:make_factory", "tests.agents:make.factory"),
+            *("no_such_module:f", "tests.agents:no_such_name", "tests.agents:NO_FUNCTION"),
+        ],
+    ),
+    Variable(
+        "ONBOARDING_QA_FILE",
+        "qa_file",
+        QUESTIONS,
+        {str(QUESTIONS): QUESTIONS},
+        ["/nowhere", "/", str(PACKAGED)],
+    ),
+    Variable(
+        "ONBOARDING_MAX_CONCURRENT_ASKS",
+        "max_concurrent_asks",
+        10,
+        {"1": 1, "100": 100},
+        ["0", "-1", *NOT_AN_INTEGER],
+    ),
+    Variable(
+        "ONBOARDING_ASKS_PER_SECOND",
+        "asks_per_second",
+        50,
+        {"1": 1, "100000": 100_000},
+        ["0", "-1", "100001", *NOT_AN_INTEGER],
     ),
     Variable(
         "ONBOARDING_REDIS_TIMEOUT_S",
@@ -624,6 +658,35 @@ def test_a_remote_ref_is_refused_without_a_connection(
             assert refusal().startswith("ONBOARDING_STEPS_FILE: ")
         with pytest.raises(BlockingIOError):
             listener.accept()
+
+
+# The agent
+
+
+def test_a_python_that_cannot_search_needs_an_agent_of_the_deployer(
+    env: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.settings.is_search_there", lambda: False)
+    line = refusal()
+    assert line.startswith("ONBOARDING_AGENT: ")
+    assert "FTS5" in line
+    env(ONBOARDING_AGENT=AGENT)
+    assert load_settings().agent == AGENT
+
+
+def test_without_an_agent_of_the_deployer_there_is_the_built_in_one() -> None:
+    assert load_settings().load_agent_factory() is None
+
+
+@pytest.mark.parametrize("name", ["make_nothing", "fail", "Book"])
+def test_an_agent_that_gives_no_factory_is_refused_when_it_is_asked_for_one(
+    env: Callable[..., None], name: str
+) -> None:
+    env(ONBOARDING_AGENT=f"tests.agents:{name}")
+    settings = load_settings()
+    with pytest.raises(SettingsError, match=f"^ONBOARDING_AGENT: tests.agents:{name} ") as caught:
+        settings.load_agent_factory()
+    assert "secret" not in str(caught.value)
 
 
 # Names that nobody reads

@@ -55,6 +55,9 @@ HOMES: dict[str, set[str]] = {
     "python_multipart": {"api"},
     "uvicorn": {"server", "__main__"},
     "httpx2": {"client"},
+    "async_lru": {"services"},
+    # In memory, and so as pure as a dict.
+    "sqlite3": {"onboarding"},
 }
 """The parts that alone may import a library."""
 
@@ -77,6 +80,7 @@ FEATURES = {
 INFRASTRUCTURE: dict[str, str] = {
     "onboarding/documents": "JSON that is kept exactly: one rule for HTTP and Python callers",
     "onboarding/cursors": "where a page of any list ends",
+    "onboarding/guide": "what the built-in agent knows, and how it is searched",
     "onboarding/idempotency": "what makes two requests the same, whatever they ask for",
     "services/background": "what is done again and again beside the requests",
     "services/standin": "services by module-level names",
@@ -339,6 +343,8 @@ OFFENCES: list[tuple[Wall, str, str]] = [
     (libraries_from_home, "services/manager.py", "from tenacity import retry"),
     (libraries_from_home, "generator.py", "import tenacity"),
     (libraries_from_home, "services/files.py", "import python_multipart"),
+    (libraries_from_home, "store/assistant.py", "import sqlite3"),
+    (libraries_from_home, "api/assistant.py", "from async_lru import alru_cache"),
     (libraries_from_home, "services/reporter.py", "from httpx2 import AsyncClient"),
     (libraries_from_home, "services/health.py", "from starlette.responses import Response"),
     (libraries_from_home, "wiring.py", "import starlette.applications"),

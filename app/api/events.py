@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
-from app.api.streaming import Outlet
+from app.api.streaming import BEAT, EVENT_STREAM, Outlet, write_event
 from app.clock import monotonic_s
 from app.errors import InvalidRequestError
 from app.onboarding.events import EVENT_TYPES, MAX_EVENTS, EventList
@@ -55,7 +55,7 @@ class EventStream:
         outlet = Outlet(scope, send)
         leaving = asyncio.create_task(self._leave(receive))
         try:
-            await outlet.begin(200, _HEADERS)
+            await outlet.begin(200, EVENT_STREAM)
             if scope["method"] != "HEAD":
                 await self._stream(outlet)
             await outlet.write(b"", more=False)
@@ -73,7 +73,7 @@ class EventStream:
             if messages:
                 await outlet.write(_write(messages))
             elif not was_woken:
-                await outlet.write(_BEAT)
+                await outlet.write(BEAT)
             left_s = until_s - monotonic_s()
             if left_s <= 0:
                 await outlet.write(_retry())
@@ -100,27 +100,13 @@ async def stream_events(call: Call) -> EventStream:
 
 def _write(messages: Sequence[Message]) -> bytes:
     return b"".join(
-        b"%bevent: %b\ndata: %b\n\n"
-        % (
-            b"" if each.event_id is None else b"id: %b\n" % each.event_id.encode(),
-            each.kind.encode(),
-            orjson.dumps(each.data),
-        )
-        for each in messages
+        write_event(each.kind, orjson.dumps(each.data), each.event_id) for each in messages
     )
 
 
 def _retry() -> bytes:
     return b"retry: %d\n\n" % random.randint(*RETRY_MS)  # noqa: S311 - nothing is kept secret by it
 
-
-_BEAT = b": still here\n\n"
-_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-store",
-    # What nginx holds back otherwise.
-    "x-accel-buffering": "no",
-}
 
 _EVENTS = "/api/v1/onboarding/{id}/events"
 

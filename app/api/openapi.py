@@ -193,8 +193,9 @@ def _problem_descriptions() -> dict[int, str]:
 _DESCRIPTION = """\
 A session holds the answers of an onboarding wizard. Save steps one by one or several at once, keep
 drafts beside them, finalize to freeze them into an export. A generator reads the export, reports
-its progress and stores its result; whoever follows the session's events sees all of it live. Tasks
-stand beside the sessions: they say what is going on with a short.
+its progress and stores its result; whoever follows the session's events sees all of it live. Who
+is stuck in a step asks a question. Tasks stand beside the sessions: they say what is going on with
+a short.
 
 Errors are `application/problem+json`. Every answer carries `X-Request-ID`. A write that may have to
 be sent again takes an `Idempotency-Key`; a change that must not overwrite another takes `If-Match`.

@@ -66,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "invalid_step_id": Kind(422, "No such step number"),
     "invalid_step_data": Kind(422, "The answers are not acceptable"),
     "idempotency_mismatch": Kind(422, "The Idempotency-Key was used otherwise"),
+    "rate_limited": Kind(429, "Too much is asked at once", retry_after_s=1),
     "too_many_streams": Kind(429, "Too many live streams are open", retry_after_s=5),
     "internal_error": Kind(500, "Something went wrong here"),
     "corrupt_record": Kind(500, "A record cannot be read"),

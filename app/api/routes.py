@@ -7,6 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app.api import (
+    assistant,
     catalogue,
     events,
     exports,
@@ -50,6 +51,7 @@ OPERATIONS: list[Operation] = [
     *events.OPERATIONS,
     *exports.OPERATIONS,
     *files.OPERATIONS,
+    *assistant.OPERATIONS,
     *catalogue.OPERATIONS,
     *sessions.OPERATIONS,
     *tasks.OPERATIONS,

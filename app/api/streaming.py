@@ -30,6 +30,18 @@ ABORT = "onboarding.abort"
 """Where the server leaves a function that closes the connection at once."""
 
 
+EVENT_STREAM = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    # What nginx holds back otherwise.
+    "x-accel-buffering": "no",
+}
+"""The headers of an answer that consists of server-sent events."""
+
+BEAT = b": still here\n\n"
+"""What is sent so that a silent stream does not pass for a dead one."""
+
+
 class CutOffError(ClientDisconnect):
     """The connection was closed under an answer that could not be finished."""
 
@@ -114,6 +126,12 @@ class Outlet:
                 await self._send(message)
         except TimeoutError:
             await self.cut_off()
+
+
+def write_event(kind: str, data: bytes, event_id: str | None = None) -> bytes:
+    """Write a server-sent event; `data` is JSON, and so a line."""
+    named = b"" if event_id is None else b"id: %b\n" % event_id.encode()
+    return b"%bevent: %b\ndata: %b\n\n" % (named, kind.encode(), data)
 
 
 def _allow(limit_s: float) -> None:

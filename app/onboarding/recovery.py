@@ -106,6 +106,9 @@ def plan_recovery(found: Found, *, pin: str, total: int, now_ms: int) -> Remains
         "error_message": "The session was damaged; what could be read of it was kept",
         "reported_at": str(now_ms),
     }
+    for name in ("request_count", "total_processing_ms"):
+        if name in before:
+            progress[name] = before[name]
     owner = {
         **{name: text for name, text in found.owner.items() if name in _OWNER},
         "language": found.owner.get("language") or "en",

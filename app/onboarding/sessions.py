@@ -71,13 +71,15 @@ class SummaryMetadata(TypedDict):
 
 
 class SummaryStats(TypedDict):
-    """A session in numbers."""
+    """A session in numbers; the last two are the questions asked, and how long the answers took."""
 
     completed_steps: int
     total_steps: int
     completion_percentage: float
     session_age_seconds: int
     last_updated: str
+    request_count: int
+    total_processing_ms: int
 
 
 class StepSummary(TypedDict):
@@ -163,7 +165,8 @@ class Session:
 
     `versions` and `saved_ms` (Unix milliseconds) are those of the saved steps. `changes` counts
     what was changed since the session was made; two equal counts are two equal sessions. The export
-    of one that was recovered may be lost, which is no damage any more.
+    of one that was recovered may be lost, which is no damage any more. So far, `request_count`
+    questions were answered, which took `total_processing_ms` in all.
     """
 
     session_id: str
@@ -174,6 +177,8 @@ class Session:
     versions: dict[int, int]
     saved_ms: dict[int, int]
     is_export_lost: bool = False
+    request_count: int = 0
+    total_processing_ms: int = 0
 
 
 def view_session(session_id: str, owner: Owner, state: State) -> SessionView:
@@ -224,6 +229,8 @@ def view_summary(
             completion_percentage=progress["percentage"],
             session_age_seconds=max(0, (now_ms - state.created_ms) // 1000),
             last_updated=progress["last_updated"],
+            request_count=session.request_count,
+            total_processing_ms=session.total_processing_ms,
         ),
         steps=[_summarize_step(step, session, drafts) for step in catalogue.steps],
     )

@@ -24,6 +24,11 @@ class SessionKeys(NamedTuple):
         """The export of the latest revision."""
         return f"{self.prefix}export"
 
+    @property
+    def history(self) -> str:
+        """The last questions, with their answers."""
+        return f"{self.prefix}history"
+
     def body(self, kind: FileKind) -> str:
         """What is known of a large body."""
         return f"{self.prefix}{kind}"
@@ -63,6 +68,9 @@ class Keys:
 
     jobs = "onboarding:index:jobs"
     """Stream: finalized sessions, for the generators to share."""
+
+    asks = "onboarding:rate:asks"
+    """List: when questions were asked within the last second, by all processes."""
 
     canary = "onboarding:canary"
     """What the health probe writes; lives for seconds."""

@@ -11,6 +11,7 @@ from app.errors import CorruptRecordError, SessionNotFoundError
 from app.onboarding.exports import Export
 from app.onboarding.recovery import Found, Remains, plan_recovery
 from app.onboarding.retention import DeleteReason
+from app.store.assistant import read_asked
 from app.store.catalogue import CatalogueStore
 from app.store.events import read_event
 from app.store.files import read_info
@@ -122,6 +123,8 @@ def _is_whole(what: str, kind: bytes, value: Any) -> bool:
             return kind == b"string" and _can_be_read(decode_draft, 0, "", value, b"")
         case "export":
             return kind == b"string" and Export.read(value) is not None
+        case "history":
+            return kind == b"list" and all(_can_be_read(read_asked, "", text) for text in value)
         case "result" | "upload":
             return kind == b"hash" and _can_be_read(read_info, "", value)
         case "events":

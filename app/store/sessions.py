@@ -400,10 +400,20 @@ def _session(
     metadata: Mapping[bytes, bytes],
     progress: Mapping[bytes, bytes],
 ) -> Session:
-    state, pin, changes, versions, saved_ms = read_versions(keys, progress)
+    found = read_versions(keys, progress)
     owner = read_owner(keys, metadata)
-    is_export_lost = progress.get(b"export_lost") == b"1"
-    return Session(session_id, owner, state, pin, changes, versions, saved_ms, is_export_lost)
+    return Session(
+        session_id=session_id,
+        owner=owner,
+        state=found.state,
+        pin=found.pin,
+        changes=found.changes,
+        versions=found.versions,
+        saved_ms=found.saved_ms,
+        is_export_lost=progress.get(b"export_lost") == b"1",
+        request_count=found.request_count,
+        total_processing_ms=found.total_processing_ms,
+    )
 
 
 class Versions(NamedTuple):
@@ -414,6 +424,8 @@ class Versions(NamedTuple):
     changes: int
     versions: dict[int, int]
     saved_ms: dict[int, int]
+    request_count: int
+    total_processing_ms: int
 
 
 def read_versions(keys: SessionKeys, progress: Mapping[bytes, bytes]) -> Versions:
@@ -427,6 +439,8 @@ def read_versions(keys: SessionKeys, progress: Mapping[bytes, bytes]) -> Version
             int(progress[b"changes"]),
             {step: int(progress[b"v%d" % step]) for step in marked},
             {step: _time_ms(progress[b"s%d" % step]) for step in marked},
+            int(progress.get(b"request_count", 0)),
+            int(progress.get(b"total_processing_ms", 0)),
         )
     except (KeyError, ValueError):
         raise corrupt(keys.progress) from None

@@ -57,6 +57,8 @@ STATUSES = {
     "invalid_step_id": 422,
     "invalid_step_data": 422,
     "idempotency_mismatch": 422,
+    "rate_limited": 429,
+    "internal_error": 500,
     "corrupt_record": 500,
     "store_unavailable": 503,
     "capacity_reached": 503,
@@ -117,6 +119,8 @@ SET_LANGUAGE = Call("PUT", _SESSION + "/language", {"language": "de"})
 PUT_RESULT = Call("PUT", _SESSION + "/result", {"made": 1})
 GET_RESULT = Call("GET", _SESSION + "/result")
 GET_UPLOAD = Call("GET", _SESSION + "/upload")
+ASK = Call("POST", _SESSION + "/ask", {"question": "What is a draft?"})
+GET_HISTORY = Call("GET", _SESSION + "/history")
 GET_SHORT_STATUS = Call("GET", "/api/status/{id}")
 DOWNLOAD = Call("GET", "/api/download/{id}")
 
@@ -131,11 +135,12 @@ SESSION_CALLS = [
     *(BATCH, GET_STEPS, GET_PROGRESS, GET_SUMMARY, FINALIZE, GET_EXPORT, REOPEN),
     *(GET_STATUS, SET_STATUS, ADD_EVENT, GET_EVENTS, GET_LANGUAGE, SET_LANGUAGE),
     *(PUT_RESULT, GET_RESULT, GET_UPLOAD, GET_SHORT_STATUS, DOWNLOAD),
+    *(ASK, GET_HISTORY),
     *(GET_SESSION, DELETE_SESSION),
 ]
 """The calls whose path names a session; the live stream, which does not end, aside."""
 
-BODY_CALLS = [SAVE, PUT, BATCH, PATCH, PUT_DRAFT, CREATE, FINALIZE]
+BODY_CALLS = [SAVE, PUT, BATCH, PATCH, PUT_DRAFT, CREATE, FINALIZE, ASK]
 """The calls that take a body."""
 
 

@@ -11,6 +11,7 @@ from httpx2 import AsyncClient, Response
 from redis.asyncio import Redis
 
 from tests.api.helpers import (
+    ASK,
     BATCH,
     BODY_CALLS,
     CREATE,
@@ -229,7 +230,7 @@ class Place(NamedTuple):
 
 def code_of(call: Call) -> str:
     """Give the code with which a call refuses what is JSON but not acceptable."""
-    return "invalid_request" if call in (CREATE, FINALIZE) else "invalid_step_data"
+    return "invalid_request" if call in (CREATE, FINALIZE, ASK) else "invalid_step_data"
 
 
 PLACES = [

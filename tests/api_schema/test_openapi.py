@@ -19,6 +19,7 @@ SESSION = BASE + "/{id}"
 STEP = SESSION + "/steps/{n}"
 
 STREAM = SESSION + "/events/stream"
+ASK_STREAM = SESSION + "/ask-stream"
 
 TASKS = "/api/v1/sessions"
 ADMIN = "/api/v1/admin"
@@ -33,6 +34,7 @@ KEY = {"invalid_idempotency_key", "idempotency_mismatch", "idempotency_in_progre
 PATH = {"session_not_found"}
 NUMBER = {"session_not_found", "invalid_step_id"}
 IF = {"invalid_header", "version_conflict"}
+ASK = STORE | BODY | PATH | {"invalid_request", "rate_limited", "corrupt_record"}
 SAVE = STORE | BODY | NUMBER | {"session_finalized", "invalid_step_data"}
 
 # Every call that clients rely on, with the errors that they are told of.
@@ -69,6 +71,9 @@ CONTRACT: dict[tuple[str, str], set[str]] = {
     ("POST", f"{SESSION}/events"): STORE | BODY | KEY | PATH | {"invalid_request"},
     ("GET", f"{SESSION}/events"): PATH | {"invalid_request", "corrupt_record"},
     ("GET", STREAM): PATH | {"too_many_streams", "corrupt_record"},
+    ("POST", f"{SESSION}/ask"): ASK,
+    ("POST", ASK_STREAM): ASK,
+    ("GET", f"{SESSION}/history"): PATH | {"corrupt_record"},
     ("GET", f"{SESSION}/language"): PATH | {"corrupt_record"},
     ("PUT", f"{SESSION}/language"): STORE | BODY | KEY | PATH | {"invalid_request"},
     ("PUT", f"{SESSION}/result"): STORE | FILE | KEY | PATH | {"session_conflict"},
@@ -206,6 +211,12 @@ def test_a_live_stream_is_described_as_one_that_can_be_resumed() -> None:
     assert "429" in stream["responses"]
 
 
+def test_an_answer_that_is_read_along_is_described_as_a_stream() -> None:
+    stream = operations()[("POST", ASK_STREAM)]
+    assert list(stream["responses"]["200"]["content"]) == ["text/event-stream"]
+    assert "429" in stream["responses"]
+
+
 @pytest.mark.parametrize("path", [f"{SESSION}/result", f"{SESSION}/upload", "/api/download/{id}"])
 def test_a_download_is_described_as_an_attachment_of_any_type(path: str) -> None:
     answer = operations()[("GET", path)]["responses"]["200"]
@@ -265,6 +276,14 @@ def test_what_the_contract_takes_as_a_parameter_the_document_allows(name: str, v
         ("POST events", {"stage": "a", "progress": 0, "event_id": ""}, False),
         ("POST events", {"progress": 0}, False),
         ("POST events", {"stage": "a"}, False),
+        ("POST ask", {"question": "?"}, True),
+        ("POST ask", {"question": "a\nb\tc", "more": 1}, True),
+        ("POST ask-stream", {"question": "x" * 2000}, True),
+        ("POST ask", {"question": ""}, False),
+        ("POST ask", {"question": "x" * 2001}, False),
+        ("POST ask", {"question": "a\0"}, False),
+        ("POST ask-stream", {"question": None}, False),
+        ("POST ask-stream", {}, False),
         ("PUT language", {"language": "pt-BR"}, True),
         ("PUT language", {"language": 1}, False),
         ("PUT language", {}, False),
@@ -418,7 +437,7 @@ class Walker:
         if content is None:
             assert response.content == b""
             return None
-        if "*/*" in content:
+        if "*/*" in content or "text/event-stream" in content:
             return response.content
         media_type = response.headers["content-type"].partition(";")[0]
         answer = orjson.loads(response.content)
@@ -519,6 +538,21 @@ async def walk_through_a_generation(walk: Walker) -> None:
     assert '"status":"error"' in text
 
 
+async def walk_through_questions(walk: Walker) -> None:
+    """Ask, in a session that is there."""
+    question = {"question": "What is a draft?"}
+    await walk("POST", f"{SESSION}/ask", 200, json=question)
+    await walk("POST", f"{SESSION}/ask", 200, json={"question": "What is step 5?"})
+    await walk("POST", f"{SESSION}/ask", 200, json={"question": "xyzzy"})
+    await walk("POST", f"{SESSION}/ask", 422, json={"question": ""})
+    await walk("POST", f"{SESSION}/ask", 400, content=b"{", headers=JSON)
+    text = await walk("POST", ASK_STREAM, 200, json=question)
+    assert text.count(b"event: done\ndata: {") == 1
+    await walk("POST", ASK_STREAM, 422, json={})
+    history = await walk("GET", f"{SESSION}/history", 200)
+    assert len(history["history"]) == 4
+
+
 async def walk_through_tasks(walk: Walker) -> None:
     """Walk through the life of a task."""
     task = {"task_type": "scenario_generation", "short_id": "s1", "task_id": "t1", "user_id": "u"}
@@ -614,6 +648,7 @@ async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: Async
     await walk("POST", f"{STEP}/draft/promote", 200, step=4)
     await walk("GET", f"{SESSION}/summary", 200)
     await walk("GET", f"{SESSION}/progress", 200)
+    await walk_through_questions(walk)
 
     first = await walk("POST", f"{SESSION}/finalize", 200, headers={"idempotency-key": "k3"})
     assert first == await walk("POST", f"{SESSION}/finalize", 200, json={"force": True})
@@ -631,6 +666,8 @@ async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: Async
     await walk("GET", SESSION, 404)
     await walk("DELETE", SESSION, 404)
     await walk("GET", STREAM, 404)
+    await walk("POST", ASK_STREAM, 404, json={"question": "?"})
+    await walk("GET", f"{SESSION}/history", 404)
 
     made = await walk("POST", "/api/upload", 201, files={"file": ("a.txt", b"text", "text/plain")})
     await walk("POST", "/api/upload", 415, json={"file": "text"})

@@ -39,7 +39,7 @@ from tests.servers import Valkey
 from tests.service import BASE, serving
 
 SEED = 20_261_120
-EXAMPLES = 25
+EXAMPLES = 15
 """Requests that are drawn for an operation, beside those that cover its schema case by case."""
 
 load_all_checks()
@@ -137,7 +137,8 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with (
         Valkey.start(tmp_path_factory.mktemp("valkey")) as store,
-        serving_in_a_thread(load_settings(redis_url=store.url)) as url,
+        # So many questions a second are asked nowhere else.
+        serving_in_a_thread(load_settings(redis_url=store.url, asks_per_second=100_000)) as url,
     ):
         yield Service(url)
 

@@ -366,6 +366,8 @@ def test_a_summary_shows_numbers_and_every_step_but_no_answers() -> None:
             "completion_percentage": 8.7,
             "session_age_seconds": 3,
             "last_updated": "2026-01-31T08:15:01.250Z",
+            "request_count": 0,
+            "total_processing_ms": 0,
         },
     }
     assert [each["step_id"] for each in steps] == list(range(1, 24))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from app.clock import now_ms
+from app.onboarding.assistant import AskedQuestion
 from app.onboarding.events import BEFORE_ALL
 from app.onboarding.files import FileInfo, FileKind
 from app.onboarding.generation import ProgressEvent
@@ -17,6 +18,7 @@ from app.services.files import BodyLimits, FileService
 from app.services.generation import GenerationService
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import load_settings
+from app.store.assistant import AssistantStore
 from app.store.connect import connect
 from app.store.events import EventStore
 from app.store.files import FileStore
@@ -25,7 +27,10 @@ from tests.conftest import QUICKLY
 
 Manager = OnboardingSessionManager
 
-SHARED = ("metadata", "progress", "events", "ops", "export", "step:", "result", "upload")
+SHARED = (
+    *("metadata", "progress", "events", "ops", "export", "step:", "result", "upload"),
+    "history",
+)
 """How the names of the keys begin that share the session's deadline."""
 
 
@@ -50,6 +55,15 @@ class Place(NamedTuple):
     def events(self) -> EventStore:
         """The logs."""
         return EventStore(self.gateway)
+
+    @property
+    def questions(self) -> AssistantStore:
+        """The questions that were asked."""
+        return AssistantStore(self.gateway)
+
+    async def add_answer(self, session_id: str, question: str = "a", took_ms: int = 5) -> None:
+        """Keep a question with its answer."""
+        await self.questions.add(session_id, asked(question, took_ms), at_ms=now_ms())
 
     @property
     def files(self) -> FileStore:
@@ -78,6 +92,17 @@ class Place(NamedTuple):
             await self.files.save_early_part(session_id, FileKind.UPLOAD, "u", number, data)
         owner = Owner("w1", None, "en")
         await self.manager.begin_session_with(session_id, owner, upload=describe("u", *parts))
+
+
+def asked(question: str, took_ms: int = 5) -> AskedQuestion:
+    """Make a question with its answer."""
+    return AskedQuestion(
+        question=question,
+        answer=f"an answer to {question}",
+        confidence=0.5,
+        processing_time_ms=took_ms,
+        at="2026-01-01T12:00:00.000Z",
+    )
 
 
 def describe(transfer: str, *parts: bytes) -> FileInfo:
@@ -147,6 +172,8 @@ WRITES = {
     "set_language, the same": Write(lambda p, s: p.generation.set_language_preference(s, "en"), 0),
     "store_result": Write(lambda p, s: p.generation.store_result(s, {"a": 1}), 1),
     "store_result, in parts": Write(lambda p, s: p.store(s, "w", b"abc", b"de"), 1),
+    "add_answer": Write(lambda p, s: p.add_answer(s), 0),
+    "add_answer, of a finalized one": Write(lambda p, s: p.add_answer(s), 0, finalized=True),
     "store_result, of nothing": Write(lambda p, s: p.generation.store_result(s, b""), 1),
 }
 
@@ -165,6 +192,7 @@ READS: dict[str, Call] = {
     "get_language_preference": lambda p, s: p.generation.get_language_preference(s),
     "get_progress_events": lambda p, s: p.generation.get_progress_events(s),
     "get_result": lambda p, s: p.generation.get_result(s),
+    "list_asked": lambda p, s: p.questions.list_asked(s),
     "list_after": lambda p, s: p.events.list_after(s, BEFORE_ALL, 10),
     "get_scene": lambda p, s: p.events.get_scene(s),
 }
@@ -184,7 +212,7 @@ async def prepare(manager: Manager, *, finalized: bool = False) -> str:
 async def prepare_with_files(place: Place, *, finalized: bool = False) -> str:
     """Make the same with everything else that a session may have; give its id.
 
-    An upload and a result, each in two parts, and a body that is still on its way.
+    An upload and a result, each in two parts, a body that is still on its way, a question.
     """
     session_id = "with-files"
     await place.upload(session_id, b"up", b"load")
@@ -193,6 +221,7 @@ async def prepare_with_files(place: Place, *, finalized: bool = False) -> str:
     await place.manager.save_draft(session_id, 4, {"a": 4})
     await place.store(session_id, "r", b"re", b"sult")
     await place.send(session_id, "x", b"unfinished")
+    await place.add_answer(session_id)
     if finalized:
         await place.manager.finalize(session_id)
     return session_id

@@ -385,8 +385,9 @@ class TestOnlyAWriteThatCrossesACoarseStep:
         shared = [
             name for name in await names_of_keys(gateway, session_id) if name.startswith(SHARED)
         ]
-        # Four, the export, two steps, a result and an upload in two parts each, a part by itself.
-        assert len(shared) == 4 + 1 + 2 + 2 * 3 + 1
+        # Four, the export, the history, two steps, a result and an upload in two parts each, a
+        # part by itself.
+        assert len(shared) == 4 + 1 + 1 + 2 + 2 * 3 + 1
         # The parts of a body are found by its description and by the memory of operations.
         assert await self.touched(raw) - before == len(shared) + 4
         assert await shared_deadline_ms(gateway, session_id) > made_until_ms
@@ -425,4 +426,8 @@ class TestOnlyAWriteThatCrossesACoarseStep:
         await place.generation.set_language_preference(session_id, "de")
         await manager.reopen(session_id)
         assert await self.touched(raw) == before
+        for _ in range(20):
+            await place.add_answer(session_id)
+        # That of the history, once.
+        assert await self.touched(raw) == before + 1
         await shared_deadline_ms(gateway, session_id)

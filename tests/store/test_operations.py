@@ -62,6 +62,7 @@ OPERATIONS = [
     Operation("update_session", args=["", "", "", "", 2, "user_id", "u", "workspace_id"]),
     Operation("record_recovery", args=[3, 0]),
     Operation("add_event", args=["a stage", 10, "a message", "id-1", ""]),
+    Operation("add_answer", ["history"], ['{"question":"a"}', 5, 10]),
     Operation(
         "store_body", ["result"], ["result_stored", "", 4, "transfer", "t", "parts", 0, "size", 0]
     ),

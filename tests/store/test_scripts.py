@@ -177,6 +177,7 @@ BODY = ["result", "result:t:1"]
 STORE: list[Argument] = ["result_stored", "", 4, "transfer", "t", "parts", 1, "size", 1]
 PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "run", "status", "percent"]
 REPORT: list[Argument] = ["stage", 10, "message", "id-1", ""]
+ASKED: list[Argument] = ['{"question":"a"}', 5, 10]
 UPDATE: list[Argument] = ["", "", "", "", 2, "user_id", "u"]
 ROOM: list[Argument] = [0, "refuse"]
 DELETE: list[Argument] = [1, 3, AT_MS, "deleted", "request", "", "", 0, ""]
@@ -295,6 +296,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
         ("set_status", [], PROCESS),
         ("add_event", [], REPORT),
         ("store_body", BODY, STORE),
+        ("add_answer", ["history"], ASKED),
     ]
     for name, keys, args in calls:
         assert await session.change(name, keys, args) == "not_found"
@@ -307,6 +309,8 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "not_found"
     assert await session.call("save_part", kept, ["x", 1000]) == "not_found"
     assert await session.call("read_body", body, []) == "not_found"
+    history = [*hashes, session.keys.history]
+    assert await session.call("read_history", history, []) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), [2, *DELETE[1:]]) == "ok"
     with_file = [*session.create()[:5], 2, "parts", 1, *session.create()[6:]]
@@ -349,6 +353,13 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     )
     assert await session.change("update_session", args=[*UPDATE, "workspace_id"]) == "ok"
     assert await session.change("record_recovery", args=[1, 0]) == "ok"
+    assert await session.change("add_answer", ["history"], ASKED) == "ok"
+    assert await session.call("read_history", history, []) == "ok"
+    await gateway.command("HSET", progress, "request_count", "x")
+    assert await session.change("add_answer", ["history"], ASKED) == "damaged"
+    await gateway.command("HDEL", progress, "request_count")
+    assert await session.call("claim_ask", [gateway.keys.asks], [1]) == "ok"
+    assert await session.call("claim_ask", [gateway.keys.asks], [1]) == "too_many"
     assert await session.change("save_draft", ["draft:2"], [PIN, 2, *DRAFT[2:]]) == "ok"
     assert await session.change("reopen_session") == "not_finalized"
     assert await session.change("finalize_session", ["export"], session.finalize("0")) == "changed"
@@ -437,6 +448,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.change("raise_progress", args=mark) == "damaged"
     await gateway.command("RENAME", progress, f"{progress}-away")
     assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "damaged"
+    assert await session.call("read_history", history, []) == "damaged"
     await gateway.command("RENAME", f"{progress}-away", progress)
     assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "ok"
     assert await gateway.command("KEYS", f"{session.keys.prefix}*") == []

@@ -15,7 +15,8 @@ local MOST_STEPS = 999
 -- `steps` steps at least. Says how many keys there were. `kind` and `reason` are what the feed says.
 local function erase(prefix, steps, at_ms, kind, reason)
   local events, ops = prefix .. 'events', prefix .. 'ops'
-  local keys = {prefix .. 'metadata', prefix .. 'progress', events, ops, prefix .. 'export'}
+  local keys = {prefix .. 'metadata', prefix .. 'progress', events, ops, prefix .. 'export',
+    prefix .. 'history'}
   for _, body in ipairs({'result', 'upload'}) do
     keys[#keys + 1] = prefix .. body
     for _, part in ipairs(parts_of(prefix .. body)) do

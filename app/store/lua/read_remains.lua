@@ -5,13 +5,14 @@
 -- ARGV  1 number of steps to look for at least
 --
 -- Returns {'ok', {name of the key without the session's prefix, its type, its value}, ...}: of a
---         string the value, of a hash fields and values, of a stream entries; a body of which parts
+--         string the value, of a hash fields and values, of a list and a stream entries; a body of which parts
 --         are gone has the type 'partial', and what is nothing that a session has, no value
 --
 -- Safe to send twice: it reads.
 
 local prefix = string.sub(KEYS[2], 1, -#'progress' - 1)
-local names = {'metadata', 'progress', 'events', 'ops', 'export', 'result', 'upload'}
+local names = {'metadata', 'progress', 'events', 'ops', 'export', 'history', 'result',
+  'upload'}
 local saved = redis.pcall('HGET', KEYS[2], 'saved')
 local steps = math.max(type(saved) == 'string' and #saved or 0, tonumber(ARGV[1]))
 for step = 1, math.min(steps, 999) do
@@ -35,6 +36,8 @@ for _, name in ipairs(names) do
       end
       kind = bytes == tonumber(redis.call('HGET', key, 'size') or nil) and kind or 'partial'
     end
+  elseif kind == 'list' then
+    value = redis.call('LRANGE', key, 0, -1)
   elseif kind == 'stream' then
     value = redis.call('XRANGE', key, '-', '+')
   end

@@ -173,7 +173,8 @@ end
 local function move_deadline()
   local prefix = string.sub(PROGRESS, 1, -#'progress' - 1)
   redis.call('HSET', PROGRESS, 'deadline', deadline)
-  for _, name in ipairs({'metadata', 'progress', 'events', 'ops', 'export', 'result', 'upload'}) do
+  for _, name in ipairs({'metadata', 'progress', 'events', 'ops', 'export', 'history', 'result',
+    'upload'}) do
     redis.call('PEXPIREAT', prefix .. name, deadline)
   end
   for _, body in ipairs({'result', 'upload'}) do
