@@ -36,7 +36,7 @@ from app.store.connect import connect, make_probe
 from app.store.embedded import EmbeddedStore
 from app.store.gateway import Gateway
 from app.store.generation import GenerationStore
-from app.store.sessions import SessionStore
+from app.store.sessions import NewSession, SessionStore
 from app.store.steps import StepStore
 
 __all__ = [
@@ -112,7 +112,7 @@ async def create_mock_session(
     owner = Owner(workspace_id, user_id, language, Document.of(metadata or {}).text)
     sessions, catalogue = SessionStore(manager.gateway), manager.catalogue
     await CatalogueStore(manager.gateway, catalogue).keep_current()
-    await sessions.create(session_id, owner, catalogue, at_ms=at_ms)
+    await sessions.create(NewSession(session_id, owner, catalogue, at_ms))
     if steps:
         answers = {number: Document.of({"answer": number}) for number in range(1, steps + 1)}
         await StepStore(manager.gateway, sessions).save(

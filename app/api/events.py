@@ -12,7 +12,7 @@ from app.api.calls import Call
 from app.api.operations import Answer, Operation
 from app.api.streaming import BEAT, EVENT_STREAM, Outlet, write_event
 from app.clock import monotonic_s
-from app.errors import InvalidRequestError
+from app.onboarding.cursors import parse_limit
 from app.onboarding.events import EVENT_TYPES, MAX_EVENTS, EventList
 from app.services.events import Follower, Message
 
@@ -31,14 +31,12 @@ RETRY_MS = (1000, 4000)
 async def list_events(call: Call) -> Response:
     """Read a part of the log."""
     query = call.query
-    limit = query.get("limit", str(MAX_EVENTS))
-    if not limit.isascii() or not limit.isdecimal() or len(limit) > 4:
-        raise InvalidRequestError(f"limit is 1 to {MAX_EVENTS}")
+    limit = parse_limit(query.get("limit", str(MAX_EVENTS)), MAX_EVENTS)
     return call.answer(
         await call.services.events.list_events(
             call.session_id,
             after=query.get("after"),
-            limit=int(limit),
+            limit=limit,
             only=query.get("type"),
         )
     )

@@ -4,7 +4,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
-from app.errors import Fault, InvalidRequestError
+from app.onboarding.cursors import parse_limit
 from app.onboarding.sessions import SessionStatus, check_owner
 from app.onboarding.stats import MAX_PAGE, CapacityHealth, SessionPage, StatsView
 
@@ -19,7 +19,7 @@ async def list_sessions(call: Call) -> Response:
         workspace_id=workspace_id,
         user_id=user_id,
         cursor=query.get("cursor"),
-        limit=_limit(query.get("limit", "50")),
+        limit=parse_limit(query.get("limit", "50"), MAX_PAGE),
     )
     return call.answer(page)
 
@@ -32,14 +32,6 @@ async def get_stats(call: Call) -> Response:
 async def get_capacity_health(call: Call) -> Response:
     """Judge how full it is."""
     return call.answer(await call.services.stats.get_health_status())
-
-
-def _limit(text: str) -> int:
-    is_number = text.isdecimal() and text.isascii() and len(text) <= len(str(MAX_PAGE))
-    if is_number and 1 <= int(text) <= MAX_PAGE:
-        return int(text)
-    fault = Fault(pointer="/limit", code="integer", detail=f"1 to {MAX_PAGE}")
-    raise InvalidRequestError(f"limit is 1 to {MAX_PAGE}", [fault])
 
 
 _ADMIN = "/api/v1/admin"

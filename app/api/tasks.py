@@ -7,7 +7,8 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
-from app.errors import InvalidRequestError, TaskNotFoundError
+from app.errors import TaskNotFoundError
+from app.onboarding.cursors import parse_limit
 from app.onboarding.sessions import MAX_OWNER_LENGTH
 from app.onboarding.tasks import (
     ID_PATTERN,
@@ -92,12 +93,10 @@ async def delete_task(call: Call) -> Response:
 async def list_tasks(call: Call) -> Response:
     """List all tasks, or those of a user."""
     query = call.query
-    limit = query.get("limit", str(MAX_TASKS))
-    if not limit.isascii() or not limit.isdecimal() or len(limit) > len(str(MAX_TASKS)):
-        raise InvalidRequestError(f"limit is 1 to {MAX_TASKS}")
+    limit = parse_limit(query.get("limit", str(MAX_TASKS)), MAX_TASKS)
     return call.answer(
         await call.services.tasks.list_sessions(
-            user_id=query.get("user_id"), limit=int(limit), cursor=query.get("cursor")
+            user_id=query.get("user_id"), limit=limit, cursor=query.get("cursor")
         )
     )
 

@@ -1,4 +1,4 @@
-"""Where a page of a list ends, and the cursor that goes on from there.
+"""Pages of lists: how long one may be, where it ends, and the cursor that goes on from there.
 
 Lists stand in the order of the alphabet by places: when something was made, and its name. A place
 stays where it is whatever comes and goes around it, what stands there included.
@@ -34,6 +34,21 @@ def parse_cursor(cursor: str) -> str:
         fault = Fault(pointer="/cursor", code="cursor", detail=detail)
         raise InvalidRequestError("cursor is the next_cursor of the page before", [fault])
     return place
+
+
+def parse_limit(text: str, most: int) -> int:
+    """Read how long a page may be, 1 to `most`. Raises `InvalidRequestError`."""
+    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
+    limit = int(text) if is_number else 0
+    check_limit(limit, most)
+    return limit
+
+
+def check_limit(limit: int, most: int) -> None:
+    """Raise `InvalidRequestError` unless a page may be so long."""
+    if not 1 <= limit <= most:
+        fault = Fault(pointer="/limit", code="integer", detail=f"1 to {most}")
+        raise InvalidRequestError(f"limit is 1 to {most}", [fault])
 
 
 _PLACE = re.compile(rf"[0-9]{{{DIGITS}}}:[A-Za-z0-9._-]+")

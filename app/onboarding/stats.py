@@ -1,6 +1,5 @@
 """Sessions in numbers: how many, how old, how full, where people stop."""
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -223,11 +222,6 @@ def median_of(buckets: Mapping[int, int]) -> float | None:
             return round(low + (high - low) * (half - before) / buckets[bucket], 2)
         before += buckets[bucket]
     return None
-
-
-def bucket_of(seconds: float) -> int:
-    """Give the bucket of a duration, as `lua/index.lua` does."""
-    return math.floor(4 * math.log2(seconds + 1))
 
 
 def describe_cleanup(counted: Mapping[str, int]) -> CleanupStats:

@@ -18,6 +18,7 @@ from app.errors import (
     StoreError,
     TooManyStreamsError,
 )
+from app.onboarding.cursors import check_limit
 from app.onboarding.events import (
     BEFORE_ALL,
     EVENT_TYPES,
@@ -100,8 +101,7 @@ class EventService:
             raise InvalidRequestError("after is the id of an event, such as 1767268800000-0")
         if only is not None and only not in EVENT_TYPES:
             raise InvalidRequestError(f"type is one of {', '.join(EVENT_TYPES)}")
-        if not 1 <= limit <= MAX_EVENTS:
-            raise InvalidRequestError(f"limit is 1 to {MAX_EVENTS}")
+        check_limit(limit, MAX_EVENTS)
         most = limit + 1 if only is None else None
         events, extent = await self._events.list_after(session_id, place, most)
         wanted = [event for event in events if only in (None, event["type"])]

@@ -66,7 +66,7 @@ from app.store.exports import ExportStore
 from app.store.gateway import Gateway
 from app.store.health import Probe
 from app.store.jobs import JobStore
-from app.store.sessions import Created, SessionStore
+from app.store.sessions import Created, NewSession, SessionStore
 from app.store.steps import (
     Draft,
     OtherCatalogueError,
@@ -593,15 +593,8 @@ class OnboardingSessionManager:
         upload: FileInfo | None = None,
     ) -> Created | None:
         """Make a session where there is room; None when there is one with this id."""
-        created = await self._sessions.create(
-            session_id,
-            owner,
-            self.catalogue,
-            at_ms=now_ms(),
-            request=request,
-            upload=upload,
-            capacity=self._rules.capacity,
-        )
+        new = NewSession(session_id, owner, self.catalogue, now_ms(), upload, self._rules.capacity)
+        created = await self._sessions.create(new, request=request)
         if created is not None and not (request and request.replayed):
             log.info("session_created", session_id=created.session_id)
             for evicted in created.evicted:

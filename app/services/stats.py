@@ -4,9 +4,8 @@ from functools import cache
 from typing import Any
 
 from app.clock import now_ms
-from app.errors import InvalidRequestError
 from app.onboarding.catalogue import Catalogue
-from app.onboarding.cursors import parse_cursor, write_cursor
+from app.onboarding.cursors import check_limit, parse_cursor, write_cursor
 from app.onboarding.sessions import SessionStatus, parse_status
 from app.onboarding.stats import (
     MAX_PAGE,
@@ -62,8 +61,7 @@ class StatsService:
         session appear twice or not at all. A page with several filters may be short, or empty,
         before the end. Raises `InvalidRequestError`.
         """
-        if not 1 <= limit <= MAX_PAGE:
-            raise InvalidRequestError(f"limit is 1 to {MAX_PAGE}")
+        check_limit(limit, MAX_PAGE)
         listed, place = await self._store.list_page(
             "" if cursor is None else parse_cursor(cursor),
             limit,

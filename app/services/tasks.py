@@ -14,7 +14,7 @@ from app.errors import (
     TaskExistsError,
     TaskNotFoundError,
 )
-from app.onboarding.cursors import parse_cursor, write_cursor
+from app.onboarding.cursors import check_limit, parse_cursor, write_cursor
 from app.onboarding.tasks import (
     MAX_TASKS,
     MAY_FOLLOW,
@@ -255,8 +255,7 @@ class TaskService:
         what follows. One round trip, however many there are.
         """
         check_task_filter(self._rules, user_id=user_id)
-        if not 1 <= limit <= MAX_TASKS:
-            raise InvalidRequestError(f"limit is 1 to {MAX_TASKS}")
+        check_limit(limit, MAX_TASKS)
         after = None if cursor is None else parse_cursor(cursor)
         page = await self._tasks.list_newest(Scope(user_id=user_id), after=after, limit=limit)
         return TaskList(

@@ -104,26 +104,18 @@ class SessionIndex:
         for _ in range(TRIES):
             entry = await self._gateway.command("HGET", self._entries, session_id)
             fed = entry.split(b"\n")[0].rpartition(b" ")[2] if entry else b"-"
-            facts = await self._gateway.evaluate("read_facts", keys[:3], [fed])
+            # Without hash tags the scripts of the session feed their events.
+            known = fed if self._keys.hash_tag else b"+"
+            facts = await self._gateway.evaluate("read_facts", keys[:3], [known])
             if facts.word == "not_found":
                 at_ms = now_ms()
                 reserved_since = "" if is_over else at_ms - RESERVED_MS
                 await self._unplace(session_id, DeleteReason.LIFETIME, at_ms, reserved_since)
                 return
-            *told, times, events = facts.values
-            if not self._keys.hash_tag:
-                # The scripts of the session have fed them.
-                events = []
-            created, class_, ended, ever, changes, workspace, user, activity, deadline, pin = told
             placed = await self._gateway.evaluate(
                 "place_session",
                 [self._entries],
-                [
-                    *(session_id, fed if entry else "", events[-1][0] if events else fed),
-                    *(created, class_, ended),
-                    *(ever, changes, workspace, user, activity, deadline, pin),
-                    *(len(times), *times, *_flat(events)),
-                ],
+                [session_id, fed if entry else "", *facts.values],
             )
             if placed.word == "ok":
                 return
@@ -269,10 +261,3 @@ class IndexFollower:
 
     async def _follow(self, changed: set[str]) -> None:
         await self._index.follow_all(sorted(changed))
-
-
-def _flat(events: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[bytes | int]:
-    flat: list[bytes | int] = []
-    for _, fields in events:
-        flat += [len(fields), *fields]
-    return flat

@@ -35,6 +35,21 @@ IDEMPOTENCY_MS = 86_400_000
 """How long the answer to an Idempotency-Key is kept: 24 hours."""
 
 
+class NewSession(NamedTuple):
+    """What a session is made of, and for how many there is room.
+
+    `at_ms` is the caller's time in Unix milliseconds, `upload` the file that it begins with, whose
+    parts are kept already.
+    """
+
+    session_id: str
+    owner: Owner
+    catalogue: Catalogue
+    at_ms: int
+    upload: FileInfo | None = None
+    capacity: Capacity = NO_LIMIT
+
+
 class Created(NamedTuple):
     """A session that was made, or found made before by the same Idempotency-Key.
 
@@ -76,116 +91,98 @@ class SessionStore:
         self._index = SessionIndex(gateway)
 
     async def create(
-        self,
-        session_id: str,
-        owner: Owner,
-        catalogue: Catalogue,
-        *,
-        at_ms: int,
-        request: IdempotentRequest | None = None,
-        upload: FileInfo | None = None,
-        capacity: Capacity = NO_LIMIT,
+        self, new: NewSession, *, request: IdempotentRequest | None = None
     ) -> Created | None:
         """Make a session; None when there is one with this id.
 
-        `upload` is the file that it begins with, whose parts are kept already; such a session is
-        made without an Idempotency-Key. Raises `BodyLostError` when a part of it is gone, and
-        `SessionCapacityError` when there is no room for it.
+        One with an upload is made without an Idempotency-Key. Raises `BodyLostError` when a part of
+        the upload is gone, and `SessionCapacityError` when there is no room.
 
         One round trip. Where keys have hash tags the index, the session, and what an
         Idempotency-Key keeps lie in different slots, and room is reserved first.
         """
-        record = None if request is None else self._keys.creation(request.scope)
         if not self._keys.hash_tag:
-            return await self._create(
-                session_id, owner, catalogue, at_ms, request, record, upload, capacity
-            )
-        if record is None or request is None:
-            return await self._create_with_room(
-                session_id, owner, catalogue, at_ms, None, upload, capacity
-            )
+            record = None if request is None else self._keys.creation(request.scope)
+            return await self._make(new, record, request)
+        if request is None:
+            return await self._make_with_room(new)
+        return await self._make_once(new, request)
+
+    async def _make_once(self, new: NewSession, request: IdempotentRequest) -> Created | None:
+        """Make a session of which an Idempotency-Key keeps the answer in another slot."""
+        record = self._keys.creation(request.scope)
         # A request that never comes back must not hold the key for long, one that runs must.
         claim_ms = 2 * self._gateway.deadline_ms
         claim = await self._gateway.evaluate(
-            "claim_key", [record], [request.fingerprint, session_id, claim_ms]
+            "claim_key", [record], [request.fingerprint, new.session_id, claim_ms]
         )
         reply = unwrap_replay(claim, request)
         if request.replayed:
             return _created(reply)
         try:
-            created = await self._create_with_room(
-                session_id, owner, catalogue, at_ms, record, None, capacity
-            )
+            created = await self._make_with_room(new, record)
         except SessionCapacityError:
             # There may be room when it is asked for again.
             await self._gateway.command("DEL", record)
             raise
         if created is not None:
-            answer = ["ok", session_id, str(at_ms), str(created.state.deadline_ms), catalogue.total]
+            deadline_ms = created.state.deadline_ms
+            answer = ["ok", new.session_id, new.at_ms, deadline_ms, new.catalogue.total]
             kept_ms = min(IDEMPOTENCY_MS, self._gateway.lifetime_ms)
             text = request.fingerprint.encode() + orjson.dumps([str(part) for part in answer])
             await self._gateway.command("SET", record, text, "PX", kept_ms)
         return created
 
-    async def _create_with_room(
-        self,
-        session_id: str,
-        owner: Owner,
-        catalogue: Catalogue,
-        at_ms: int,
-        record: str | None,
-        upload: FileInfo | None,
-        capacity: Capacity,
-    ) -> Created | None:
+    async def _make_with_room(self, new: NewSession, record: str | None = None) -> Created | None:
+        """Make a session for which room is reserved in an index that lies in another slot."""
         has_room, evicted = await self._index.reserve(
-            session_id, capacity, pin=catalogue.pin, at_ms=at_ms
+            new.session_id, new.capacity, pin=new.catalogue.pin, at_ms=new.at_ms
         )
         evicted = list(dict.fromkeys(evicted))
         for victim in evicted:
-            await self.evict(victim, at_ms=at_ms)
+            await self.evict(victim, at_ms=new.at_ms)
         if not has_room:
             raise SessionCapacityError
         try:
-            created = await self._create(
-                session_id, owner, catalogue, at_ms, None, record, upload, capacity
-            )
+            created = await self._make(new, record)
         except BodyLostError:
-            await self._index.release(session_id)
+            await self._index.release(new.session_id)
             raise
-        if created is not None and capacity.policy == "evict_oldest":
+        if created is not None and new.capacity.policy == "evict_oldest":
             # Only what is known to be made can be removed for another one.
-            await self._index.follow(session_id)
+            await self._index.follow(new.session_id)
         return None if created is None else created._replace(evicted=evicted)
 
-    async def _create(
-        self,
-        session_id: str,
-        owner: Owner,
-        catalogue: Catalogue,
-        at_ms: int,
-        request: IdempotentRequest | None,
-        record: str | None,
-        upload: FileInfo | None,
-        capacity: Capacity,
+    async def _make(
+        self, new: NewSession, record: str | None, request: IdempotentRequest | None = None
     ) -> Created | None:
-        fields: dict[str, str | bytes] = {"language": owner.language, "custom": owner.custom}
-        if owner.workspace_id is not None:
-            fields["workspace_id"] = owner.workspace_id
-        if owner.user_id is not None:
-            fields["user_id"] = owner.user_id
-        if self._keys.hash_tag and record is not None:
-            fields["record"] = record
-        keys = self._keys.session(session_id)
-        about = [] if upload is None else write_info(upload)
-        args: list[Argument] = [session_id, catalogue.pin, catalogue.total, *capacity, len(about)]
+        """Make a session, and room for it where the index lies beside it.
+
+        `record` is the key of what an Idempotency-Key keeps; the script writes it when there is a
+        `request`, and notes it otherwise.
+        """
+        keys = self._keys.session(new.session_id)
+        fields: dict[str, str | bytes] = {
+            "language": new.owner.language,
+            "custom": new.owner.custom,
+        }
+        further = {
+            "workspace_id": new.owner.workspace_id,
+            "user_id": new.owner.user_id,
+            "record": record if request is None else None,
+        }
+        fields |= {name: value for name, value in further.items() if value is not None}
+        about = [] if new.upload is None else write_info(new.upload)
+        args: list[Argument] = [new.session_id, new.catalogue.pin, new.catalogue.total]
+        args += [*new.capacity, len(about), *about, *_flat(fields)]
         evicted: list[str] = []
         while True:
             reply = await self._gateway.change(
                 "create_session",
                 keys,
-                [] if upload is None else body_keys(keys, FileKind.UPLOAD, upload),
-                [*args, *about, *_flat(fields)],
-                at_ms=at_ms,
+                [] if new.upload is None else body_keys(keys, FileKind.UPLOAD, new.upload),
+                args,
+                at_ms=new.at_ms,
                 request=request,
                 record=record,
             )

@@ -15,7 +15,6 @@ from app.onboarding.retention import HOUR_MS
 from app.onboarding.sessions import SessionStatus, parse_changes, plan_changes
 from app.onboarding.stats import (
     Counts,
-    bucket_of,
     describe_cleanup,
     describe_step,
     median_of,
@@ -29,6 +28,11 @@ NOW_MS = 1_767_268_800_000
 ID = "0b0cba0f-9f1f-4d1c-8a57-7d0f6f8b7a10"
 
 durations = st.floats(0, 10**9) | st.integers(0, 10**6).map(float) | st.sampled_from([0.0, 1.0])
+
+
+def bucket_of(seconds: float) -> int:
+    """Give the bucket of a duration, as `lua/index.lua` does."""
+    return math.floor(4 * math.log2(seconds + 1))
 
 
 def counts(**changes: Any) -> Counts:

@@ -11,13 +11,14 @@ import time_machine
 from redis.asyncio import Redis
 
 from app.errors import InvalidRequestError
-from app.onboarding.stats import bucket_of, median_of
+from app.onboarding.stats import median_of
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.services.stats import StatsService, get_stats_service, make_stats_service
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import fake_gateway
+from tests.onboarding.test_stats import bucket_of
 from tests.servers import Valkey
 from tests.store.sessions import Place
 

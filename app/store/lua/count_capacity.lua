@@ -18,7 +18,9 @@ for _, class in ipairs({'processing:free', 'processing:held'}) do
   stuck = stuck + redis.call('ZCOUNT', set, '-inf', '(' .. ARGV[2])
   local found = redis.call('ZRANGEBYSCORE', set, '-inf', '(' .. ARGV[2], 'LIMIT', 0, ARGV[3])
   for _, id in ipairs(found) do
-    names[#names + 1] = #names < tonumber(ARGV[3]) and id or nil
+    if #names < tonumber(ARGV[3]) then
+      names[#names + 1] = id
+    end
   end
 end
 local last_run = tonumber(redis.call('HGET', INDEX .. 'cleanup', 'last_run') or nil)

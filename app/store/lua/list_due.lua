@@ -20,6 +20,10 @@ else
 end
 local reply = {'ok'}
 for _, member in ipairs(found) do
-  reply[#reply + 1] = facts_of(string.gsub(member, '^%d+:', ARGV[1] == 'created' and '' or '%0'))
+  local id = member
+  if ARGV[1] == 'created' then
+    id = string.match(member, '^%d+:(.*)$')
+  end
+  reply[#reply + 1] = facts_of(id)
 end
 return reply

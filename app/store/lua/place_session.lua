@@ -4,10 +4,11 @@
 -- KEYS  1 entries
 -- ARGV  1 session, 2 id of the last event that the feed had when the facts were read ('-' = none, '' =
 --       the session was not in the index then),
---       3 id of the last one that it has now, then as read_facts.lua gives them: 4 created, 5 class,
---       6 end of the generation, 7 steps ever saved, 8 count of changes, 9 workspace, 10 user, 11 last
---       activity, 12 deadline, 13 catalogue pin, 14 number of steps, from 15 when each was saved; then
---       for each event the number of its values, then field and value of each
+--       then what read_facts.lua gives: 3 id of the last event that the feed has now, 4 created, 5 class,
+--       6 end of the generation or '', 7 marks of the steps that were ever saved, 8 count of changes,
+--       9 workspace or '', 10 user or '', 11 last activity, 12 deadline, 13 catalogue pin, 14 number of
+--       steps, from 15 when each was saved or '', all times in Unix ms; then for each event the number
+--       of its values, then field and value of each
 --
 -- Returns {'ok'}, {'superseded'} when somebody else has followed the session meanwhile
 --

@@ -1,12 +1,10 @@
 -- Read what places a session in the index, where that does not lie beside it.
 --
 -- KEYS  1 metadata, 2 progress, 3 events
--- ARGV  1 id of the last event that the feed has ('-' = none)
+-- ARGV  1 id of the last event that the feed has ('-' = none, '+' = it has them all)
 --
--- Returns {'ok', created in Unix ms, class, end of the generation in Unix ms or '', marks of the steps
---          that were ever saved, count of changes, workspace or '', user or '', last activity in Unix
---          ms, deadline in Unix ms, catalogue pin, {when each step was saved in Unix ms or ''},
---          {{event id, {field, value, ...}}, ...}}, {'not_found'}, {'damaged', key}
+-- Returns {'ok', value, ...} with what place_session.lua takes from its third argument on,
+--         {'not_found'}, {'damaged', key}
 --
 -- Safe to send twice: it reads.
 
@@ -23,17 +21,27 @@ if not (status and saved and changes and catalogue and tonumber(created_at or ni
   return {'damaged', KEYS[2]}
 end
 
-local times = {}
-for step = 1, #saved do
-  times[step] = 's' .. step
-end
-times = redis.call('HMGET', KEYS[2], unpack(times))
-for step = 1, #saved do
-  times[step] = times[step] or ''
+local fed, events = ARGV[1] == '+' and '-' or ARGV[1], {}
+if ARGV[1] ~= '+' then
+  events = redis.pcall('XRANGE', KEYS[3], ARGV[1] == '-' and '-' or '(' .. ARGV[1], '+')
+  if events.err then
+    events = {}
+  elseif events[1] then
+    fed = events[#events][1]
+  end
 end
 local is_held = held ~= '0' and string.find(saved, '1', 1, true)
 local owner = redis.pcall('HMGET', KEYS[1], 'workspace_id', 'user_id')
-local events = redis.pcall('XRANGE', KEYS[3], ARGV[1] == '-' and '-' or '(' .. ARGV[1], '+')
-return {'ok', created_at, status .. (is_held and ':held' or ':free'), ended_at or '', ever or '',
-  changes, owner[1] or '', owner[2] or '', string.format('%.0f', activity), deadline, catalogue,
-  times, events.err and {} or events}
+local reply = {'ok', fed, created_at, status .. (is_held and ':held' or ':free'), ended_at or '',
+  ever or '', changes, owner[1] or '', owner[2] or '', string.format('%.0f', activity), deadline,
+  catalogue, tostring(#saved)}
+for step = 1, #saved do
+  reply[#reply + 1] = redis.call('HGET', KEYS[2], 's' .. step) or ''
+end
+for _, event in ipairs(events) do
+  reply[#reply + 1] = tostring(#event[2])
+  for _, value in ipairs(event[2]) do
+    reply[#reply + 1] = value
+  end
+end
+return reply
