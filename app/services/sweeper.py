@@ -78,35 +78,41 @@ class Sweeper:
         await self._retention.finish_evictions(at_ms=now_ms())
         return await self._try_to_sweep(now=False)
 
-    async def sweep(self, *, thoroughly: bool = True) -> bool:
-        """Sweep now, unless somebody else does; say whether it was done.
+    async def sweep(self) -> bool:
+        """Sweep now, unless somebody else does; say whether it was done."""
+        return await self._try_to_sweep(now=True)
 
-        Unless it is done `thoroughly`, what is over goes, but the index is not looked through.
-        """
-        return await self._try_to_sweep(now=True, thoroughly=thoroughly)
-
-    async def _try_to_sweep(self, *, now: bool, thoroughly: bool = True) -> bool:
-        if self._is_sweeping or not await self._claim(now=now):
+    async def _try_to_sweep(self, *, now: bool) -> bool:
+        if self._is_sweeping:
             return False
-        tasks_removed = self._failures = 0
         self._is_sweeping = True
         try:
-            removed = await self._remove_due()
-            repaired = await self._repair() if thoroughly else 0
-            tasks_removed = await self._tasks.cleanup_old_sessions()
-            await self._report(removed, repaired, tasks_removed)
+            if not await self._claim(now=now):
+                return False
+            await self._sweep()
         except LeaseLostError:
             log.warning("sweep_lost")
             return False
+        finally:
+            self._is_sweeping = False
+        return True
+
+    async def _sweep(self) -> None:
+        """Sweep, and give the lease back, whether it went well or not."""
+        tasks_removed = self._failures = 0
+        try:
+            removed = await self._remove_due()
+            repaired = await self._repair()
+            tasks_removed = await self._tasks.cleanup_old_sessions()
+            await self._report(removed, repaired, tasks_removed)
+        except LeaseLostError:
+            raise
         except Exception as failure:  # noqa: BLE001 - the next one may go better
             self._failures += 1
             log.error("sweep_failed", exception=type(failure).__name__)
-        finally:
-            self._is_sweeping = False
         await self._retention.finish_sweep(
             self._name, failures=self._failures, tasks_removed=tasks_removed
         )
-        return True
 
     async def _remove_due(self) -> int:
         """Remove what is over; count what rules have ended."""
