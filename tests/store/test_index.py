@@ -339,12 +339,14 @@ class IndexMachine(RuleBasedStateMachine):
                     break
             assert found == wanted, filters
 
+    def _count(self, model: "Model") -> None:
+        for step in model.ever - model.counted:
+            self.funnel[f"saved:{step}"] = self.funnel.get(f"saved:{step}", 0) + 1
+        model.counted |= model.ever
+
     def _compare_funnel(self, index: Index) -> None:
         for session_id in index.entries:
-            model = self.models[session_id]
-            for step in model.ever - model.counted:
-                self.funnel[f"saved:{step}"] = self.funnel.get(f"saved:{step}", 0) + 1
-            model.counted |= model.ever
+            self._count(self.models[session_id])
         told = {name: count for name, count in index.funnel.items() if name.startswith("saved:")}
         assert told == self.funnel
 
@@ -501,7 +503,10 @@ class IndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.models)
     @rule(number=st.integers(0, 9))
     def delete(self, number: int) -> None:
-        session_id, _ = self.choose(number)
+        session_id, model = self.choose(number)
+        if self.gateway.keys.hash_tag:
+            # The index follows a session for the last time before it is deleted.
+            self._count(model)
         self.run(self.place.manager.delete_session(session_id))
         self.compare()
         assert session_id not in self.models
