@@ -1,8 +1,11 @@
-"""The world of one request: its id, until when it may take, what it has cost so far."""
+"""The world of one request: its id, who asks, about which session, how long it may take."""
 
 import os
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+
+from app.onboarding.access import Principal
+from app.onboarding.assistant import Agent
 
 
 @dataclass(slots=True)
@@ -15,14 +18,19 @@ class Meter:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """Set once per request and never changed; the meter in it counts.
+    """Never changed, only replaced by one that knows more; the meter in it counts.
 
-    `deadline_s` is a time of `clock.monotonic_s`, after which no retry begins.
+    `deadline_s` is a time of `clock.monotonic_s`, after which no retry begins. `principal` is known
+    once it was asked for, `session_id` once the path has been read; `agent` is the one that was
+    made for the request's question, and is seen only where that runs.
     """
 
     request_id: str
     deadline_s: float
     meter: Meter = field(default_factory=Meter)
+    principal: Principal | None = None
+    session_id: str | None = None
+    agent: Agent | None = None
 
 
 def new_request_id() -> str:

@@ -94,6 +94,33 @@ class IdempotencyMismatchError(RequestError):
     code = "idempotency_mismatch"
 
 
+# --- Who asks may not -----------------------------------------------------------------------------
+
+
+class AccessError(OnboardingError):
+    """The request is refused for who sent it; nothing was changed."""
+
+
+class UnauthenticatedError(AccessError):
+    """Nobody is known by what was shown. `is_invalid` says that something was."""
+
+    code = "unauthenticated"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(
+            detail
+            or "Send the token of a session or a user as Authorization: Bearer <token>, or an API"
+            " key as X-API-Key"
+        )
+        self.is_invalid = detail is not None
+
+
+class ForbiddenError(AccessError):
+    """Whoever asks is known, and may not do this."""
+
+    code = "forbidden"
+
+
 # --- What was asked for is not there --------------------------------------------------------------
 
 
@@ -159,6 +186,18 @@ class UploadNotFoundError(AbsentError):
 
     def __init__(self) -> None:
         super().__init__("The session has no file; only one that was made by an upload has")
+
+
+class ResumeTokenNotFoundError(AbsentError):
+    """No such resume token: never made, used, revoked, or its time is over."""
+
+    code = "resume_token_not_found"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "There is no such resume token: it was never made, was used, was revoked, or its time"
+            " is over; ask for a new link"
+        )
 
 
 class TaskNotFoundError(AbsentError):
@@ -271,12 +310,17 @@ class TooManyStreamsError(StateError):
 
 
 class RateLimitedError(StateError):
-    """More is asked than is let through at a time."""
+    """More is asked than is let through at a time; `retry_after_s` is when there is room again."""
 
     code = "rate_limited"
 
-    def __init__(self) -> None:
-        super().__init__("Too many questions are being asked; ask again in a moment")
+    def __init__(
+        self,
+        detail: str = "Too many questions are being asked; ask again in a moment",
+        retry_after_s: int = 1,
+    ) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
 
 
 class IdempotencyInProgressError(StateError):

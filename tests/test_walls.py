@@ -29,7 +29,8 @@ ARROWS: dict[str, set[str]] = {
     # What everyone may use knows nobody.
     "errors": set(),
     "clock": set(),
-    "context": set(),
+    # The request's world is told in the domain's words.
+    "context": {"onboarding"},
     "__init__": set(),
     # A URL of the store is a setting, a file of steps too; both are judged where they belong.
     "address": set(),

@@ -1,0 +1,146 @@
+"""Who may do what: the one table of principals, scopes, and whose a session is."""
+
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum, unique
+from typing import NamedTuple
+
+from app.errors import ForbiddenError, UnauthenticatedError
+from app.onboarding.sessions import Owner
+
+
+class Kind(StrEnum):
+    """What somebody is, by what they showed."""
+
+    ANYONE = "anyone"
+    """Nobody in particular, who may do everything: access control is off."""
+
+    WIZARD = "wizard"
+    """A frontend with the token of one session."""
+
+    USER = "user"
+    """A person with a token of an identity provider."""
+
+    MACHINE = "machine"
+    """A service with an API key."""
+
+
+class Scope(StrEnum):
+    """What a machine may do."""
+
+    SESSIONS = "sessions"
+    GENERATOR = "generator"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks.
+
+    `name` is the id of a wizard's session, of a user, or the name of a machine's key;
+    `workspace_id` is that of a user, `scopes` are those of a machine.
+    """
+
+    kind: Kind
+    name: str = ""
+    workspace_id: str | None = None
+    scopes: frozenset[Scope] = frozenset()
+
+    def __str__(self) -> str:
+        """Name them where what happened is kept: `machine:bcm`."""
+        return f"{self.kind}:{self.name}" if self.name else self.kind.value
+
+
+ANYONE = Principal(Kind.ANYONE)
+
+
+class Permission(NamedTuple):
+    """Who may do something: people by what they are, machines by their scopes."""
+
+    kinds: frozenset[Kind]
+    scopes: frozenset[Scope]
+
+
+def _by(*who: Kind | Scope) -> Permission:
+    kinds = frozenset(each for each in who if isinstance(each, Kind))
+    return Permission(kinds, frozenset(each for each in who if isinstance(each, Scope)))
+
+
+@unique
+class Access(Enum):
+    """What an operation asks of whoever calls it. Every operation has one of these.
+
+    Where a session is named, it must be theirs as well: see `is_theirs`.
+    """
+
+    OPEN = _by()
+    """Nothing is asked, and nobody is looked at: probes, documentation, tokens that are sent in a
+    body."""
+
+    ANY = _by(Kind.WIZARD, Kind.USER, Scope.SESSIONS, Scope.GENERATOR, Scope.ADMIN)
+    """What is the same for everybody who is somebody."""
+
+    CREATE = _by(Kind.USER, Scope.SESSIONS)
+    """Begin a session."""
+
+    OWN = _by(Kind.USER)
+    """List one's own."""
+
+    EDIT = _by(Kind.WIZARD, Kind.USER, Scope.SESSIONS)
+    """The answers of a session, and its life."""
+
+    FOLLOW = _by(Kind.WIZARD, Kind.USER, Scope.SESSIONS, Scope.GENERATOR)
+    """What a generator reads, and what becomes of it."""
+
+    REPORT = _by(Kind.WIZARD, Kind.USER, Scope.GENERATOR)
+    """What a generator says."""
+
+    TASKS = _by(Scope.GENERATOR)
+    """The tasks beside the sessions."""
+
+    OPERATE = _by(Scope.ADMIN)
+    """Everything at once, by operators."""
+
+
+def check_access(access: Access, principal: Principal | None) -> None:
+    """Raise `UnauthenticatedError` for nobody, `ForbiddenError` for somebody who may not."""
+    if access is Access.OPEN:
+        return
+    if principal is None:
+        raise UnauthenticatedError
+    if principal.kind is Kind.ANYONE:
+        return
+    kinds, scopes = access.value
+    if principal.kind in kinds or not scopes.isdisjoint(principal.scopes):
+        return
+    raise ForbiddenError(_lack(access, principal))
+
+
+def _lack(access: Access, principal: Principal) -> str:
+    kinds, scopes = access.value
+    if principal.kind is Kind.MACHINE and scopes:
+        names = " or ".join(sorted(scopes))
+        return f"This API key lacks a scope: {names}"
+    able = [*sorted(f"a {kind}" for kind in kinds), *(f"the scope {scope}" for scope in scopes)]
+    return f"Not with these credentials: this takes {' or '.join(able)}"
+
+
+def owns_all(principal: Principal) -> bool:
+    """Say whether somebody needs no session to be theirs: machines, and everybody without auth."""
+    return principal.kind in (Kind.MACHINE, Kind.ANYONE)
+
+
+def is_theirs(principal: Principal, session_id: str, owner: Owner | None) -> bool:
+    """Say whether somebody may know that a session exists; without an owner it does not."""
+    if owns_all(principal):
+        return True
+    if principal.kind is Kind.WIZARD:
+        return principal.name == session_id
+    is_of_user = owner is not None and owner.user_id == principal.name
+    return is_of_user and owner is not None and owner.workspace_id == principal.workspace_id
+
+
+def claim(principal: Principal, wanted: Owner) -> Owner:
+    """Give the owner of what somebody makes: a user cannot make it another's."""
+    if principal.kind is not Kind.USER:
+        return wanted
+    return replace(wanted, user_id=principal.name, workspace_id=principal.workspace_id)
