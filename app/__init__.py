@@ -20,6 +20,7 @@ finalize freezes them into an export; a generator turns the export into a docume
     __main__      the process: store first up, last down
     client        the service over HTTP, for generators elsewhere
     generator     a generator to begin one's own with
+    keys          makes the key of a machine
     testing       a manager on a store that is thrown away, for the tests of others
 
 What happens in a session is one log, written by the scripts that change it. A live stream is a

@@ -13,7 +13,7 @@ import structlog
 from app import __version__
 from app.logs import configure_logging
 from app.server import CannotListenError, listen, serve
-from app.settings import Settings, SettingsError, load_settings, unknown_variables
+from app.settings import SettingsError, load_settings, unknown_variables
 from app.store.embedded import EmbeddedStore, EmbeddedStoreError
 
 log = structlog.get_logger()
@@ -30,7 +30,9 @@ def main() -> int:
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
-        _warn(settings)
+        unknown = unknown_variables()
+        if unknown:
+            log.warning("unknown_variables_ignored", variables=unknown)
         # A bad one is told in one line here, and not by every worker.
         settings.load_agent_factory()
         with ExitStack() as stack:
@@ -47,14 +49,6 @@ def main() -> int:
     except (SettingsError, EmbeddedStoreError, CannotListenError) as refused:
         print(f"onboarding-sessions cannot start: {refused}", file=sys.stderr)  # noqa: T201
         return REFUSED
-
-
-def _warn(settings: Settings) -> None:
-    unknown = unknown_variables()
-    if unknown:
-        log.warning("unknown_variables_ignored", variables=unknown)
-    if settings.environment == "production" and settings.auth == "off":
-        log.warning("access_not_checked", variable="ONBOARDING_AUTH")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The settings: every variable of the environment that the service reads, and what it may be."""
 
+import ipaddress
 import os
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -15,14 +17,15 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
-    model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.address import StoreAddress, parse_store_url, upstash_address
+from app.onboarding.access import ApiKey, parse_api_keys
 from app.onboarding.assistant import AgentFactory
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.guide import QuestionEntry, is_search_there, parse_questions
+from app.onboarding.jwt import ALGORITHMS, Algorithm, parse_jwt_key
 from app.onboarding.retention import (
     LONGEST_INTERVAL_S,
     MOST_SESSIONS,
@@ -133,6 +136,60 @@ def _make_agent_factory(name: str) -> AgentFactory:
     return factory  # type: ignore[no-any-return] # as far as that can be told
 
 
+def _api_keys(text: SecretStr | None) -> SecretStr | None:
+    if text is not None:
+        parse_api_keys(text.get_secret_value())
+    return text
+
+
+def _api_keys_file(path: Path | None) -> Path | None:
+    if path is not None:
+        _read_api_keys(path)
+    return path
+
+
+def _read_api_keys(path: Path) -> tuple[ApiKey, ...]:
+    try:
+        text = path.read_bytes().decode()
+    except OSError as unreadable:
+        raise ValueError(f"the file cannot be read ({unreadable.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError("the file is not UTF-8") from None
+    return parse_api_keys(text)
+
+
+def _jwt_key(key: SecretStr | None) -> SecretStr | None:
+    if key is not None:
+        parse_jwt_key(key.get_secret_value(), ALGORITHMS)
+    return key
+
+
+def _algorithms(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _jwks_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("https", "http") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url or "@" in parts.netloc or parts.fragment or not re.fullmatch(r"[!-~]+", url):
+        raise ValueError(
+            "a URL such as https://id.example.com/.well-known/jwks.json, without a user or password"
+        )
+    return url
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
 def _rules(value: object) -> object:
     return parse_expiry_rules(value) if isinstance(value, str) else value
 
@@ -183,7 +240,18 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] | None = None
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)] = ()
     drain_s: float = Field(5.0, ge=0, le=3600)
-    auth: Literal["off"] = "off"
+
+    # Who may do what, and how they show who they are.
+    auth: Literal["off", "on"] = "off"
+    api_keys: Annotated[SecretStr | None, AfterValidator(_api_keys)] = None
+    api_keys_file: Annotated[Path | None, AfterValidator(_api_keys_file)] = None
+    jwt_key: Annotated[SecretStr | None, AfterValidator(_jwt_key)] = None
+    jwt_jwks_url: Annotated[str | None, AfterValidator(_jwks_url)] = None
+    jwt_algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_algorithms)] = (
+        *("RS256", "ES256", "EdDSA"),
+    )
+    jwt_issuer: str | None = None
+    jwt_audience: str | None = None
 
     # What a session is.
     session_ttl_s: Life = Field(
@@ -248,6 +316,13 @@ class Settings(BaseSettings):
         """The questions and answers that the built-in agent knows beside the help texts."""
         return parse_questions(self.qa_file.read_bytes())
 
+    @cached_property
+    def known_api_keys(self) -> tuple[ApiKey, ...]:
+        """The keys of machines, of which any may be sent."""
+        if self.api_keys_file is not None:
+            return _read_api_keys(self.api_keys_file)
+        return () if self.api_keys is None else parse_api_keys(self.api_keys.get_secret_value())
+
     def load_agent_factory(self) -> AgentFactory | None:
         """Give what makes agents, made once in a process; None stands for the built-in one.
 
@@ -275,46 +350,82 @@ class Settings(BaseSettings):
             return self.store_address is not None and self.store_address.mode == "cluster"
         return self.key_hash_tag == "on"
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        upstash = (self.upstash_redis_url, self.upstash_redis_token)
-        if not self.redis_url and not self.redis_host and any(upstash) and not all(upstash):
-            raise ValueError("UPSTASH_REDIS_URL, UPSTASH_REDIS_TOKEN: set both or neither")
-        try:
-            address = self.store_address
-        except ValueError as unfit:
-            raise ValueError(f"UPSTASH_REDIS_URL, UPSTASH_REDIS_TOKEN: {unfit}") from None
-        if address is None and self.environment == "production":
-            known = "REDIS_URL, or UPSTASH_REDIS_URL and UPSTASH_REDIS_TOKEN"
-            raise ValueError(f"ENVIRONMENT: production needs a Redis of its own; set {known}")
+    def find_faults(self, wrong: set[str]) -> Iterator[str]:
+        """Find what is at fault with several variables together.
+
+        `wrong` are the fields that are so by themselves: what follows from one of them is no fault
+        of its own.
+        """
+        if not any("redis" in name for name in wrong):
+            yield from self._find_faults_of_store()
         if self.agent is None and not is_search_there():
-            raise ValueError(
+            yield (
                 f"{PREFIX}AGENT: the built-in agent needs SQLite with FTS5, which this Python has"
                 " not; name an agent of your own"
             )
+        if "jwt_algorithms" not in wrong:
+            yield from self._find_faults_of_tokens()
+        yield from self._find_faults_of_access(wrong)
+
+    def _find_faults_of_store(self) -> Iterator[str]:
+        upstash = (self.upstash_redis_url, self.upstash_redis_token)
+        if not self.redis_url and not self.redis_host and any(upstash) and not all(upstash):
+            yield "UPSTASH_REDIS_URL, UPSTASH_REDIS_TOKEN: set both or neither"
+            return
+        try:
+            address = self.store_address
+        except ValueError as unfit:
+            yield f"UPSTASH_REDIS_URL, UPSTASH_REDIS_TOKEN: {unfit}"
+            return
+        if address is None and self.environment == "production":
+            known = "REDIS_URL, or UPSTASH_REDIS_URL and UPSTASH_REDIS_TOKEN"
+            yield f"ENVIRONMENT: production needs a Redis of its own; set {known}"
         if address is not None and address.mode == "cluster" and self.key_hash_tag == "off":
-            raise ValueError(f"{PREFIX}KEY_HASH_TAG: off cannot work on a Cluster; use auto or on")
-        return self
+            yield f"{PREFIX}KEY_HASH_TAG: off cannot work on a Cluster; use auto or on"
+
+    def _find_faults_of_tokens(self) -> Iterator[str]:
+        if self.jwt_key and self.jwt_jwks_url:
+            yield f"{PREFIX}JWT_KEY, {PREFIX}JWT_JWKS_URL: set one of them"
+        if self.jwt_key:
+            try:
+                parse_jwt_key(self.jwt_key.get_secret_value(), self.jwt_algorithms)
+            except ValueError as unfit:
+                yield f"{PREFIX}JWT_KEY: {unfit}"
+        if self.jwt_jwks_url:
+            url = urlsplit(self.jwt_jwks_url)
+            is_here = self.environment == "development" or _is_loopback(url.hostname)
+            if url.scheme == "http" and not is_here:
+                yield f"{PREFIX}JWT_JWKS_URL: use https; http is for development and this machine"
+            if all(name.startswith("HS") for name in self.jwt_algorithms):
+                yield f"{PREFIX}JWT_ALGORITHMS: HS256 and its kin are for secrets, never published"
+
+    def _find_faults_of_access(self, wrong: set[str]) -> Iterator[str]:
+        if self.api_keys and self.api_keys_file:
+            yield f"{PREFIX}API_KEYS, {PREFIX}API_KEYS_FILE: set one of them"
+        ways = {"api_keys", "api_keys_file", "jwt_key", "jwt_jwks_url"}
+        is_way_in = self.known_api_keys or self.jwt_key or self.jwt_jwks_url
+        if self.auth == "on" and not is_way_in and not ways & wrong:
+            names = ", ".join(variable_of(name) for name in sorted(ways))
+            yield f"{PREFIX}AUTH: on lets nobody in without a key; set one of {names}"
+        if self.environment == "production" and self.auth == "off" and "auth" not in wrong:
+            yield f"{PREFIX}AUTH: production refuses off, with which everybody may do everything"
 
 
 def load_settings(**overrides: Any) -> Settings:
     """Read the environment. Raises `SettingsError` with one line naming every variable at fault."""
     faults: list[str] = []
-    while True:
-        try:
-            settings = Settings(**overrides)
-        except ValidationError as unfit:
-            found = unfit.errors(include_url=False, include_input=False)
-        else:
-            break
-        faults += [_describe(fault["loc"], fault["msg"]) for fault in found]
-        wrong = {_field_of(str(fault["loc"][0])) for fault in found if fault["loc"]}
-        # The rules that look at several variables are about the store.
-        if not wrong or any("redis" in name for name in wrong):
-            break
-        # They are asked only when each variable is fine by itself: look again with the defaults
-        # in the place of those that are not.
-        overrides |= {name: Settings.model_fields[name].default for name in wrong}
+    wrong: set[str] = set()
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as unfit:
+        found = unfit.errors(include_url=False, include_input=False)
+        faults = [_describe(fault["loc"], fault["msg"]) for fault in found]
+        wrong = {_field_of(str(fault["loc"][0])) for fault in found}
+    if wrong:
+        # For a look at several together, the defaults stand in the place of those.
+        defaults = {name: Settings.model_fields[name].default for name in wrong}
+        settings = Settings(**{**overrides, **defaults})
+    faults += settings.find_faults(wrong)
     if faults:
         raise SettingsError("; ".join(faults))
     return settings
@@ -336,8 +447,6 @@ def unknown_variables() -> list[str]:
 
 def _describe(location: tuple[int | str, ...], message: str) -> str:
     message = message.removeprefix("Value error, ")
-    if not location:
-        return message
     name = _field_of(str(location[0]))
     variable = variable_of(name)
     if name == "session_ttl_s" and variable not in os.environ and "SESSION_TTL" in os.environ:
@@ -356,7 +465,6 @@ def _field_of(location: str) -> str:
 
 
 _NOT_BUILT = {
-    PREFIX + "AUTH": "only off is built so far; put the service behind something that checks",
     PREFIX + "DURABILITY": "only local is built so far",
 }
 """Promises that would be dangerous to take and not keep."""

@@ -1,5 +1,6 @@
 """Every variable of the environment: its default, what it takes, and how it is refused."""
 
+import hashlib
 import json
 import socket
 import traceback
@@ -12,7 +13,9 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
+from app.onboarding.access import ApiKey, Scope
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.retention import ExpiryRule, Since
 from app.onboarding.sessions import SessionStatus
@@ -25,6 +28,16 @@ PACKAGED = Path(__file__).parents[1] / "app" / "onboarding" / "catalogue.json"
 QUESTIONS = PACKAGED.with_name("questions.json")
 
 STEP = {"id": 1, "key": "first", "title": "First", "phase": 1, "required": True}
+
+DIGEST = hashlib.sha256(b"a key").hexdigest()
+API_KEY = f"bcm:generator+admin:{DIGEST}"
+
+BARE_EC_KEY = (
+    "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEX18H2G5qZ2rUnnXccKo3i4TRpAla"
+    "76zZz5mY4UdLQ1mxvIn/PNv2HS0zgXHOWFtu4F97BSqCs3ObQn7F81oHbQ=="
+)
+EC_KEY = f"-----BEGIN PUBLIC KEY-----\n{BARE_EC_KEY}\n-----END PUBLIC KEY-----\n"
+SECRET = "a secret of thirty-two bytes or more"
 
 
 class Variable(NamedTuple):
@@ -93,7 +106,69 @@ VARIABLES = [
         ["*", "app.example.com", "https://*.example.com", "https://a.example/", "null"],
     ),
     Variable("ONBOARDING_DRAIN_S", "drain_s", 5, {"0": 0, "0.5": 0.5}, ["-1", *NOT_A_NUMBER]),
-    Variable("ONBOARDING_AUTH", "auth", "off", {"off": "off"}, ["yes", "jwt"]),
+    Variable("ONBOARDING_AUTH", "auth", "off", {"off": "off"}, ["yes", "jwt", "true"]),
+    Variable(
+        "ONBOARDING_API_KEYS",
+        "api_keys",
+        None,
+        {API_KEY: SecretStr(API_KEY)},
+        ["bcm", f"bcm:root:{DIGEST}", f"bcm::{DIGEST}", "bcm:admin:5up3r", f"{API_KEY},{API_KEY}"],
+    ),
+    Variable(
+        "ONBOARDING_API_KEYS_FILE",
+        "api_keys_file",
+        None,
+        {"/dev/null": Path("/dev/null")},
+        ["/nowhere", "/", str(PACKAGED)],
+    ),
+    Variable(
+        "ONBOARDING_JWT_KEY",
+        "jwt_key",
+        None,
+        {each: SecretStr(each) for each in (EC_KEY, EC_KEY.replace("\n", "\\n"))},
+        [
+            *("short", "s" * 31, "x BEGIN y", EC_KEY[:-40], EC_KEY.replace("PUBLIC", "PRIVATE")),
+            *(
+                "-----BEGIN CERTIFICATE-----",
+                BARE_EC_KEY,
+                '{"kty": "EC", "crv": "P-256"}' + "x" * 9,
+            ),
+        ],
+    ),
+    Variable(
+        "ONBOARDING_JWT_JWKS_URL",
+        "jwt_jwks_url",
+        None,
+        {
+            url: url
+            for url in ("https://id.example/jwks?a=b", "http://localhost:8080/", "http://[::1]/")
+        },
+        [
+            *(
+                "id.example",
+                "ftp://id.example",
+                "https://",
+                "https://id.example:port",
+                "https:///x",
+            ),
+            *("https://u:p@id.example", "https://id.example/#x", "https://id.example/a b"),
+        ],
+    ),
+    Variable(
+        "ONBOARDING_JWT_ALGORITHMS",
+        "jwt_algorithms",
+        ("RS256", "ES256", "EdDSA"),
+        {"PS512": ("PS512",), "HS256, ES384": ("HS256", "ES384")},
+        ["none", "None", "RS256,none", "rs256", ",", "RS256,", "ES256K", "RSA-OAEP", "*"],
+    ),
+    Variable(
+        "ONBOARDING_JWT_ISSUER",
+        "jwt_issuer",
+        None,
+        {"https://id.example/": "https://id.example/"},
+        [],
+    ),
+    Variable("ONBOARDING_JWT_AUDIENCE", "jwt_audience", None, {"onboarding": "onboarding"}, []),
     Variable(
         "ONBOARDING_SESSION_TTL_S",
         "session_ttl_s",
@@ -349,7 +424,7 @@ def test_empty_means_unset(variable: Variable, env: Callable[..., None]) -> None
 
 def test_all_faults_are_named_at_once_in_one_line(env: Callable[..., None]) -> None:
     wrong = {each.name: each.bad[0] for each in VARIABLES if each.bad}
-    wrong |= {"REDIS_URL": "nonsense", "ONBOARDING_AUTH": "on"}
+    wrong |= {"REDIS_URL": "nonsense"}
     env(**wrong)
 
     line = refusal()
@@ -378,14 +453,15 @@ def test_a_fault_that_follows_from_another_is_not_named(env: Callable[..., None]
     assert "ENVIRONMENT" not in line
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("ONBOARDING_AUTH", "on"), ("ONBOARDING_DURABILITY", "replicated")]
-)
-def test_a_promise_that_is_not_kept_yet_is_refused_as_such(
-    name: str, value: str, env: Callable[..., None]
-) -> None:
-    env(**{name: value})
+def test_a_promise_that_is_not_kept_yet_is_refused_as_such(env: Callable[..., None]) -> None:
+    env(ONBOARDING_DURABILITY="replicated")
     assert "built so far" in refusal()
+
+
+def test_settings_are_made_of_what_they_give(env: Callable[..., None]) -> None:
+    env(ONBOARDING_AUTH="on", ONBOARDING_API_KEYS=API_KEY, ONBOARDING_JWT_KEY=EC_KEY)
+    settings = load_settings()
+    assert load_settings(**settings.model_dump()) == settings
 
 
 def test_settings_do_not_change() -> None:
@@ -536,8 +612,137 @@ def test_production_without_a_store_is_refused_naming_what_would_do(
     ids="+".join,
 )
 def test_production_with_a_store_is_taken(store: dict[str, str], env: Callable[..., None]) -> None:
-    env(ENVIRONMENT="production", **store)
+    env(ENVIRONMENT="production", ONBOARDING_AUTH="on", ONBOARDING_API_KEYS=API_KEY, **store)
     assert load_settings().environment == "production"
+
+
+def test_production_without_access_control_is_refused_whatever_else_is_wrong(
+    env: Callable[..., None],
+) -> None:
+    env(ENVIRONMENT="production", REDIS_URL="redis://h1", ONBOARDING_API_KEYS=API_KEY)
+    assert refusal().startswith("ONBOARDING_AUTH: ")
+    env(REDIS_URL="")
+    line = refusal()
+    assert "ONBOARDING_AUTH: " in line
+    assert "UPSTASH_REDIS_TOKEN" in line
+
+
+# Who may do what
+
+WAYS_IN = {
+    "ONBOARDING_API_KEYS": API_KEY,
+    "ONBOARDING_JWT_KEY": EC_KEY,
+    "ONBOARDING_JWT_JWKS_URL": "https://id.example/jwks",
+}
+
+
+@pytest.mark.parametrize("name", WAYS_IN)
+def test_access_control_needs_one_way_in(name: str, env: Callable[..., None]) -> None:
+    env(ONBOARDING_AUTH="on", **{name: WAYS_IN[name]})
+    assert load_settings().auth == "on"
+
+
+def test_access_control_without_a_way_in_is_refused_naming_what_would_do(
+    env: Callable[..., None],
+) -> None:
+    # A file without a key is none.
+    env(ONBOARDING_AUTH="on", ONBOARDING_API_KEYS_FILE="/dev/null")
+    line = refusal()
+    assert line.startswith("ONBOARDING_AUTH: ")
+    assert [name for name in WAYS_IN if name not in line] == []
+
+
+@pytest.mark.parametrize("name", WAYS_IN)
+def test_a_way_in_that_is_wrong_by_itself_is_the_only_fault(
+    name: str, env: Callable[..., None]
+) -> None:
+    env(ONBOARDING_AUTH="on", **{name: "nonsense"})
+    line = refusal()
+    assert line.startswith(f"{name}: ")
+    assert "ONBOARDING_AUTH" not in line
+
+
+@pytest.mark.parametrize(
+    "both",
+    [
+        {"ONBOARDING_API_KEYS": API_KEY, "ONBOARDING_API_KEYS_FILE": "/dev/null"},
+        {"ONBOARDING_JWT_KEY": EC_KEY, "ONBOARDING_JWT_JWKS_URL": "https://id.example/jwks"},
+    ],
+    ids=["API keys", "JWT"],
+)
+def test_one_place_for_a_thing(both: dict[str, str], env: Callable[..., None]) -> None:
+    env(**both)
+    assert refusal().startswith(f"{', '.join(both)}: ")
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_the_api_keys_that_are_known(
+    *, by_file: bool, env: Callable[..., None], tmp_path: Path
+) -> None:
+    other = hashlib.sha256(b"another").hexdigest()
+    text = f"{API_KEY}\nshop:sessions:{other}\n"
+    file = tmp_path / "keys"
+    file.write_text(f"# Who may call\n\n{text}")
+    name, value = ("API_KEYS_FILE", str(file)) if by_file else ("API_KEYS", text)
+    env(**{f"ONBOARDING_{name}": value})
+    assert load_settings().known_api_keys == (
+        ApiKey("bcm", frozenset({Scope.GENERATOR, Scope.ADMIN}), bytes.fromhex(DIGEST)),
+        ApiKey("shop", frozenset({Scope.SESSIONS}), bytes.fromhex(other)),
+    )
+
+
+@pytest.mark.parametrize("content", [b"bcm:admin:" + b"5" * 63, b"\xff\xfe", b"bcm"])
+def test_a_file_of_api_keys_that_is_unfit_is_refused_without_showing_it(
+    content: bytes, env: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_bytes(content)
+    env(ONBOARDING_API_KEYS_FILE=str(tmp_path / "keys"))
+    line = refusal()
+    assert line.startswith("ONBOARDING_API_KEYS_FILE: ")
+    assert "555" not in line
+
+
+@pytest.mark.parametrize("key", [SECRET, EC_KEY])
+@pytest.mark.parametrize("algorithms", ["HS256", "RS256", "ES256", "HS512,ES256", "ES384,PS256"])
+def test_a_key_needs_an_algorithm_that_fits_it(
+    key: str, algorithms: str, env: Callable[..., None]
+) -> None:
+    env(ONBOARDING_JWT_KEY=key, ONBOARDING_JWT_ALGORITHMS=algorithms)
+    fit = ("HS256", "HS512") if key == SECRET else ("ES256",)
+    if any(name in algorithms for name in fit):
+        assert load_settings().jwt_key == SecretStr(key)
+    else:
+        line = refusal()
+        assert line.startswith("ONBOARDING_JWT_KEY: ")
+        assert key not in line
+
+
+def test_published_keys_need_an_algorithm_for_them(env: Callable[..., None]) -> None:
+    env(ONBOARDING_JWT_JWKS_URL="https://id.example/jwks", ONBOARDING_JWT_ALGORITHMS="HS256")
+    assert refusal().startswith("ONBOARDING_JWT_ALGORITHMS: ")
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "is_taken"),
+    [
+        ("http://id.example/jwks", "development", True),
+        ("http://id.example/jwks", "production", False),
+        ("https://id.example/jwks", "production", True),
+        ("http://127.0.0.1:8080/jwks", "production", True),
+        ("http://localhost/jwks", "production", True),
+        ("http://[::1]/jwks", "production", True),
+        ("http://127.0.0.1.id.example/jwks", "production", False),
+    ],
+)
+def test_keys_are_fetched_by_https_but_while_developing_and_within_the_machine(
+    url: str, environment: str, *, is_taken: bool, env: Callable[..., None]
+) -> None:
+    env(ENVIRONMENT=environment, REDIS_URL="redis://h1", ONBOARDING_AUTH="on")
+    env(ONBOARDING_JWT_JWKS_URL=url)
+    if is_taken:
+        assert load_settings().jwt_jwks_url == url
+    else:
+        assert refusal().startswith("ONBOARDING_JWT_JWKS_URL: ")
 
 
 # The hash tag
@@ -741,6 +946,12 @@ environments = st.fixed_dictionaries(
         ),
         "UPSTASH_REDIS_TOKEN": st.just("{}"),
         "ENVIRONMENT": st.sampled_from(["production", "nonsense"]),
+        "ONBOARDING_API_KEYS": st.sampled_from(["{}", "bcm:admin:{}", "{}:admin:x", "a:{}:b"]),
+        "ONBOARDING_JWT_KEY": st.sampled_from(
+            ["{}", "{}" + SECRET, "-----BEGIN PUBLIC KEY-----{}"]
+        ),
+        "ONBOARDING_JWT_ALGORITHMS": st.sampled_from(["HS256", "RS256"]),
+        "ONBOARDING_JWT_JWKS_URL": st.sampled_from(["https://u:{}@id.example", "{}"]),
         "PORT": st.just("none"),
         "ONBOARDING_KEY_HASH_TAG": st.just("off"),
     },
@@ -767,11 +978,16 @@ def test_no_secret_stands_in_an_error_or_in_the_repr_of_the_settings(
 
 def test_a_secret_is_not_in_the_repr_when_all_is_well(env: Callable[..., None]) -> None:
     env(REDIS_URL="redis://user:secret-word@h1", **UPSTASH)
+    env(ONBOARDING_API_KEYS=API_KEY, ONBOARDING_JWT_KEY=f"secret-word {SECRET}")
+    env(ONBOARDING_JWT_ALGORITHMS="HS256")
     settings = load_settings()
     assert settings.store_address is not None
     assert settings.store_address.password == "secret-word"
-    for said in (repr(settings), str(settings), repr(settings.store_address)):
+    known = settings.known_api_keys
+    for said in (repr(settings), str(settings), repr(settings.store_address), repr(known)):
         assert "secret-word" not in said
+        assert DIGEST not in said
+        assert repr(bytes.fromhex(DIGEST)) not in said
         assert UPSTASH["UPSTASH_REDIS_TOKEN"] not in said
 
 

@@ -45,6 +45,8 @@ ARROWS: dict[str, set[str]] = {
     "client": {"services", "onboarding", "errors", "clock"},
     # For the tests of others, on a store that is thrown away.
     "testing": {"services", "store", "onboarding", "settings", *EVERYONES},
+    # Makes a key, and needs nothing of the service.
+    "keys": {"onboarding"},
     "generator": {"services", "store", "onboarding", "settings", "logs", *EVERYONES},
 }
 """Which parts of `app` a part may import."""
@@ -55,7 +57,8 @@ HOMES: dict[str, set[str]] = {
     "starlette": {"api", "main"},
     "python_multipart": {"api"},
     "uvicorn": {"server", "__main__"},
-    "httpx2": {"client"},
+    "httpx2": {"client", "services"},
+    "joserfc": {"onboarding"},
     "async_lru": {"services"},
     # In memory, and so as pure as a dict.
     "sqlite3": {"onboarding"},
@@ -81,9 +84,11 @@ FEATURES = {
 INFRASTRUCTURE: dict[str, str] = {
     "onboarding/documents": "JSON that is kept exactly: one rule for HTTP and Python callers",
     "onboarding/cursors": "where a page of any list ends",
+    "onboarding/jwt": "tokens of others: which keys verify them, and whom they name",
     "onboarding/guide": "what the built-in agent knows, and how it is searched",
     "onboarding/idempotency": "what makes two requests the same, whatever they ask for",
     "services/background": "what is done again and again beside the requests",
+    "services/keyring": "verifies the tokens of users, by keys that are fetched beside",
     "services/standin": "services by module-level names",
     "services/sweeper": "what every feature has cleaned up, by one process at a time",
     "services/reporter": "what a generator reports through, in any process",
@@ -334,6 +339,7 @@ OFFENCES: list[tuple[Wall, str, str]] = [
     (arrows_back, "main.py", "from app.store.gateway import Gateway"),
     (arrows_back, "client.py", "from app.store.gateway import Gateway"),
     (arrows_back, "client.py", "from app.settings import load_settings"),
+    (arrows_back, "keys.py", "from app.settings import load_settings"),
     (arrows_back, "generator.py", "from app.wiring import build_services"),
     (arrows_back, "services/generation.py", "from app.client import OnboardingClient"),
     (arrows_back, "unknown.py", "from app.errors import Fault"),
@@ -346,7 +352,8 @@ OFFENCES: list[tuple[Wall, str, str]] = [
     (libraries_from_home, "services/files.py", "import python_multipart"),
     (libraries_from_home, "store/assistant.py", "import sqlite3"),
     (libraries_from_home, "api/assistant.py", "from async_lru import alru_cache"),
-    (libraries_from_home, "services/reporter.py", "from httpx2 import AsyncClient"),
+    (libraries_from_home, "api/access.py", "from httpx2 import AsyncClient"),
+    (libraries_from_home, "services/keyring.py", "from joserfc import jwt"),
     (libraries_from_home, "services/health.py", "from starlette.responses import Response"),
     (libraries_from_home, "wiring.py", "import starlette.applications"),
     (libraries_from_home, "main.py", "import uvicorn"),

@@ -1,5 +1,9 @@
 """Who may do what: the one table of principals, scopes, and whose a session is."""
 
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, unique
 from typing import NamedTuple
@@ -144,3 +148,74 @@ def claim(principal: Principal, wanted: Owner) -> Owner:
     if principal.kind is not Kind.USER:
         return wanted
     return replace(wanted, user_id=principal.name, workspace_id=principal.workspace_id)
+
+
+# --- The keys of machines -------------------------------------------------------------------------
+
+
+class ApiKey(NamedTuple):
+    """A key of a machine, of which only the SHA-256 is kept. Several may have one name."""
+
+    name: str
+    scopes: frozenset[Scope]
+    digest: bytes
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.name})"
+
+
+def is_api_key_name(name: str) -> bool:
+    """Say whether a machine may be called so: 1 to 64 of `A-Z a-z 0-9 . _ -`."""
+    return _API_KEY_NAME.fullmatch(name) is not None
+
+
+def write_api_key(name: str, scopes: Iterable[Scope], key: str) -> str:
+    """Write what is kept of a key as `parse_api_keys` reads it."""
+    return f"{name}:{'+'.join(scopes)}:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
+    """Read keys, divided by commas or lines; empty lines and those that begin with # are left out.
+
+    Raises `ValueError` naming the entry that is wrong by its number and not by what it holds, which
+    may be a key that was put there by mistake.
+    """
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    entries = [entry.strip() for line in lines for entry in line.split(",") if entry.strip()]
+    keys = tuple(_parse_api_key(entry, number) for number, entry in enumerate(entries, start=1))
+    first: dict[bytes, int] = {hashlib.sha256(b"").digest(): 0}
+    for number, key in enumerate(keys, start=1):
+        before = first.setdefault(key.digest, number)
+        if before != number:
+            what = f"is the one of entry {before}" if before else "is that of an empty key"
+            raise ValueError(f"the SHA-256 of entry {number} {what}")
+    return keys
+
+
+def find_api_key(keys: Iterable[ApiKey], sent: bytes) -> ApiKey | None:
+    """Find the key that was sent, in a time that tells nothing about those that are there."""
+    digest = hashlib.sha256(sent).digest()
+    found = None
+    for key in keys:
+        if hmac.compare_digest(key.digest, digest):
+            found = key
+    return found
+
+
+def _parse_api_key(entry: str, number: int) -> ApiKey:
+    name, _, rest = entry.partition(":")
+    scopes, _, digest = rest.partition(":")
+    if not is_api_key_name(name) or not _SHA256.fullmatch(digest):
+        raise ValueError(f"entry {number} is not name:scope+scope:<sha256 of the key in hex>")
+    try:
+        granted = frozenset(map(Scope, scopes.split("+")))
+    except ValueError:
+        known = ", ".join(Scope)
+        raise ValueError(
+            f"entry {number} has a scope that there is not; there are {known}"
+        ) from None
+    return ApiKey(name, granted, bytes.fromhex(digest))
+
+
+_API_KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")

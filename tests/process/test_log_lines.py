@@ -243,13 +243,6 @@ def test_unknown_variables_are_named_once_and_their_values_are_not(run: Run) -> 
         assert value not in run.stdout
 
 
-@shared
-def test_production_without_access_control_is_warned_of_once(run: Run) -> None:
-    (warning,) = run.named("access_not_checked")
-    assert warning["level"] == "warning"
-    assert warning["variable"] == "ONBOARDING_AUTH"
-
-
 def test_a_quiet_environment_is_not_warned_of(start: StartService) -> None:
     service = start(ONBOARDING_SESSION_TTL_S="60", SESSION_TTL="60").wait_until_it_answers()
     service.stop()

@@ -97,7 +97,8 @@ def test_bad_settings_are_named_all_at_once_in_one_line(
         "PORT": "70000",
         "WEB_CONCURRENCY": "none",
         "ONBOARDING_DRAIN_S": "-1",
-        "ONBOARDING_AUTH": "on",
+        "ONBOARDING_AUTH": "yes",
+        "ONBOARDING_API_KEYS": "hunter2",
         "REDIS_URL": "redis://:hunter2@store.invalid:0/x",
     }
 
@@ -112,7 +113,7 @@ def test_bad_settings_are_named_all_at_once_in_one_line(
 def test_production_without_a_redis_is_refused(start: StartService, data_dir: Path) -> None:
     line = refusal(start(ENVIRONMENT="production"))
 
-    for name in ("REDIS_URL", "UPSTASH_REDIS_URL", "UPSTASH_REDIS_TOKEN"):
+    for name in ("REDIS_URL", "UPSTASH_REDIS_URL", "UPSTASH_REDIS_TOKEN", "ONBOARDING_AUTH"):
         assert name in line
     assert not data_dir.exists()
 
