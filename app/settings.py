@@ -26,6 +26,7 @@ from app.onboarding.assistant import AgentFactory
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.guide import QuestionEntry, is_search_there, parse_questions
 from app.onboarding.jwt import ALGORITHMS, Algorithm, parse_jwt_key
+from app.onboarding.limits import Limit, parse_limit
 from app.onboarding.retention import (
     LONGEST_INTERVAL_S,
     MOST_SESSIONS,
@@ -194,6 +195,13 @@ def _rules(value: object) -> object:
     return parse_expiry_rules(value) if isinstance(value, str) else value
 
 
+def _limit(value: object) -> object:
+    return parse_limit(value.strip()) if isinstance(value, str) else value
+
+
+Ceiling = Annotated[Limit | None, NoDecode, BeforeValidator(_limit)]
+
+
 class SettingsError(ValueError):
     """The environment cannot be used; the message is one line naming every variable at fault."""
 
@@ -282,6 +290,11 @@ class Settings(BaseSettings):
     qa_file: Annotated[Path, AfterValidator(_qa_file)] = _PACKAGED_QUESTIONS
     max_concurrent_asks: int = Field(10, ge=1, le=10_000)
     asks_per_second: int = Field(50, ge=1, le=MOST_ASKS)
+
+    # How much a caller may ask for.
+    rate_limit: Ceiling = Limit(600, 60)
+    create_limit: Ceiling = Limit(60, 60)
+    miss_limit: Ceiling = Limit(60, 60)
 
     # How long is waited, and how often tried.
     redis_timeout_s: float = Field(1.0, gt=0, le=60)

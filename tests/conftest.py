@@ -24,6 +24,9 @@ from tests.service import BASE, serving
 QUICKLY = {"retry_base_s": 0.01, "retry_jitter_s": 0.0}
 """Settings that no test waits a backoff for."""
 
+UNLIMITED = {"rate_limit": None, "create_limit": None, "miss_limit": None}
+"""Settings for tests that ask as much as they like: they all come from one address."""
+
 NOON_S = 1_767_268_800.0
 """The moment at which the clock of tests begins, in Unix seconds."""
 
@@ -84,7 +87,7 @@ async def raw(valkey: Valkey) -> AsyncIterator[Redis]:
 @pytest.fixture
 def settings(raw: Redis, valkey: Valkey) -> Settings:
     """Give settings for the empty real store."""
-    return load_settings(redis_url=valkey.url, **QUICKLY)
+    return load_settings(redis_url=valkey.url, **QUICKLY, **UNLIMITED)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from app.onboarding.access import ApiKey, Scope
 from app.onboarding.catalogue import Catalogue
+from app.onboarding.limits import Limit
 from app.onboarding.retention import ExpiryRule, Since
 from app.onboarding.sessions import SessionStatus
 from app.onboarding.tasks import TaskRule
@@ -315,6 +316,38 @@ VARIABLES = [
         50,
         {"1": 1, "100000": 100_000},
         ["0", "-1", "100001", *NOT_AN_INTEGER],
+    ),
+    *(
+        Variable(
+            f"ONBOARDING_{name.upper()}",
+            name,
+            default,
+            {
+                "off": None,
+                "1/second": Limit(1, 1),
+                " 90/minute ": Limit(90, 60),
+                "1000000/hour": Limit(1_000_000, 3600),
+                "10/day": Limit(10, 86_400),
+            },
+            [
+                *(
+                    "0/minute",
+                    "-1/minute",
+                    "1000001/minute",
+                    "1.5/minute",
+                    "600",
+                    "600/",
+                    "/minute",
+                ),
+                *("600/minutes", "600/60", "600 / minute", "600/MINUTE", "Off", "none", "٦/day"),
+                '{"quota": 1, "window_s": 1}',
+            ],
+        )
+        for name, default in {
+            "rate_limit": Limit(600, 60),
+            "create_limit": Limit(60, 60),
+            "miss_limit": Limit(60, 60),
+        }.items()
     ),
     Variable(
         "ONBOARDING_REDIS_TIMEOUT_S",

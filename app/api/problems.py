@@ -16,6 +16,7 @@ from app.errors import (
     CorruptRecordError,
     DeadlineExceededError,
     OnboardingError,
+    RateLimitedError,
     RequestError,
     StepsMissingError,
     VersionConflictError,
@@ -101,9 +102,8 @@ def problem(
         "request_id": request_id,
         **members,
     }
-    headers = {"cache-control": "no-store", **(headers or {})}
-    if kind.retry_after_s is not None:
-        headers["retry-after"] = str(kind.retry_after_s)
+    retry_after = {} if kind.retry_after_s is None else {"retry-after": str(kind.retry_after_s)}
+    headers = {"cache-control": "no-store", **retry_after, **(headers or {})}
     return Response(orjson.dumps(body), kind.status, headers, MEDIA_TYPE)
 
 
@@ -116,6 +116,8 @@ def describe(scope: Scope, error: OnboardingError) -> Response:
         members["current_version"] = error.current_version
     if isinstance(error, StepsMissingError):
         members["missing"] = error.missing
+    if isinstance(error, RateLimitedError):
+        members["headers"] = {"retry-after": str(error.retry_after_s)}
     return _problem_here(scope, error.code, error.detail, **members)
 
 

@@ -70,10 +70,6 @@ WAIT_S = 5.0
 """Longest wait for a turn, in seconds; never more than half of what is left of the request's time,
 so that the other half is there for the answer."""
 
-CLAIM_S = 0.25
-"""How long the store may take to say whether there were too many questions, in seconds. When it
-does not say, the question is asked."""
-
 LONGEST_ANSWER_S = 300.0
 """How long an answer may take that somebody reads along, in seconds. An agent that says nothing for
 as long as a request may take is ended before."""
@@ -272,9 +268,8 @@ class AssistantService:
 
     async def _claim(self) -> None:
         try:
-            async with asyncio.timeout(CLAIM_S):
-                is_free = await self._asked.claim(self._limits.per_second)
-        except (StoreError, TimeoutError):
+            is_free = await self._asked.claim(self._limits.per_second)
+        except StoreError:
             # A limit that cannot be looked up must not be what stops people.
             return
         if not is_free:

@@ -7,6 +7,9 @@ from app.onboarding.assistant import MAX_HISTORY, AskedQuestion, parse_asked
 from app.store.faults import corrupt
 from app.store.gateway import Gateway
 
+CLAIM_S = 0.25
+"""How long the store may take to say whether there were too many questions, in seconds."""
+
 
 class AssistantStore:
     """Keeps questions with their answers. An unknown session raises `SessionNotFoundError`.
@@ -47,8 +50,11 @@ class AssistantStore:
         """Count a question that is about to be asked; False when there were too many of late.
 
         No more than `per_second` are let through within any second, by all processes together.
+        Raises a `StoreError` when the store does not say in time; it is asked once.
         """
-        reply = await self._gateway.evaluate("claim_ask", [self._keys.asks], [per_second])
+        reply = await self._gateway.evaluate_once(
+            "claim_ask", [self._keys.asks], [per_second], limit_s=CLAIM_S
+        )
         return reply.word == "ok"
 
 

@@ -31,10 +31,11 @@ from app.context import get_context
 from app.errors import (
     IdempotencyInProgressError,
     IdempotencyMismatchError,
+    StoreError,
 )
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.client import close_client
-from app.store.faults import Remedy, corrupt, judge
+from app.store.faults import Fault, Remedy, corrupt, judge
 from app.store.index import IndexFollower
 from app.store.keys import Keys, SessionKeys
 from app.store.scripts import Script, load_script
@@ -110,6 +111,24 @@ class Gateway:
         return _reply(
             await self._deliver(name, keys, lambda _: self._run(script, [*keys], [*args]))
         )
+
+    async def evaluate_once(
+        self, name: str, keys: Sequence[str], args: Sequence[Argument] = (), *, limit_s: float
+    ) -> Reply:
+        """Run a script that is of use at once or not at all: nothing is sent again, or logged.
+
+        `limit_s` is how long it may take, in seconds. Raises a `StoreError`.
+        """
+        script = load_script(name)
+        try:
+            async with asyncio.timeout(limit_s):
+                return _reply(await self._run(script, [*keys], [*args]))
+        except Exception as failure:
+            fault = judge(failure)
+            if fault is None:
+                raise
+            self._failures.append(monotonic_s())
+            raise _error_of(fault, keys) from None
 
     async def remove(self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()) -> Reply:
         """Run a script that takes the number of the attempt as its first argument."""
@@ -205,10 +224,7 @@ class Gateway:
             if fault is None:
                 raise
             log.error("store_call_failed", call=what, fault=fault.kind)
-            if fault.error is None:
-                # Which of the keys it was, the store does not say.
-                raise corrupt(" ".join(map(str, keys))) from None
-            raise fault.error() from None
+            raise _error_of(fault, keys) from None
 
     async def _send_again(
         self, what: str, first: Exception, send: Callable[[int], Awaitable[T]], left_s: float
@@ -293,6 +309,11 @@ def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:
     if reply.word == "in_progress":
         raise IdempotencyInProgressError
     return reply
+
+
+def _error_of(fault: Fault, keys: Sequence[Argument]) -> StoreError:
+    # Which of the keys a record is that cannot be read, the store does not say.
+    return corrupt(" ".join(map(str, keys))) if fault.error is None else fault.error()
 
 
 def _reply(raw: list[Any]) -> Reply:

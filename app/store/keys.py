@@ -72,6 +72,11 @@ class Keys:
     asks = "onboarding:rate:asks"
     """List: when questions were asked within the last second, by all processes."""
 
+    @staticmethod
+    def bucket(policy: str, digest: str) -> str:
+        """What a caller, by a digest of their name, has used up of a limit."""
+        return f"onboarding:rate:{policy}:{digest}"
+
     canary = "onboarding:canary"
     """What the health probe writes; lives for seconds."""
 

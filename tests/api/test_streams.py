@@ -35,7 +35,7 @@ from tests.api.helpers import (
     save,
     unknown_id,
 )
-from tests.conftest import QUICKLY
+from tests.conftest import QUICKLY, UNLIMITED
 from tests.events import Event, EventSource, StreamEndedError, following
 from tests.proxy import Proxy
 from tests.servers import Valkey
@@ -755,7 +755,7 @@ async def test_comments_go_on_while_the_store_hangs(
 
 async def test_a_restarted_store_ends_no_stream_and_loses_nothing(tmp_path: Path) -> None:
     with Valkey.start(tmp_path, appendonly=True, appendfsync="always") as store:
-        settings = load_settings(redis_url=store.url, retry_attempts=8, **QUICKLY)
+        settings = load_settings(redis_url=store.url, retry_attempts=8, **QUICKLY, **UNLIMITED)
         async with serving(settings) as api:
             session_id = await create(api)
             async with following(api.base_url, session_id) as stream:

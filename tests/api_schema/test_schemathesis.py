@@ -35,6 +35,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from app.onboarding.tasks import MAX_ID_LENGTH
 from app.settings import Settings, load_settings
 from tests.api_schema.walk import described, validator_of
+from tests.conftest import UNLIMITED
 from tests.servers import Valkey
 from tests.service import BASE, serving
 
@@ -138,7 +139,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with (
         Valkey.start(tmp_path_factory.mktemp("valkey")) as store,
         # So many questions a second are asked nowhere else.
-        serving_in_a_thread(load_settings(redis_url=store.url, asks_per_second=100_000)) as url,
+        serving_in_a_thread(
+            load_settings(redis_url=store.url, asks_per_second=100_000, **UNLIMITED)
+        ) as url,
     ):
         yield Service(url)
 

@@ -31,6 +31,13 @@ QUICK_RETRIES = {
 }
 """Settings that no test waits a backoff for, while the store is away on purpose."""
 
+UNLIMITED = {
+    "ONBOARDING_RATE_LIMIT": "off",
+    "ONBOARDING_CREATE_LIMIT": "off",
+    "ONBOARDING_MISS_LIMIT": "off",
+}
+"""Settings for tests that ask as much as they like: they all come from one address."""
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 Line = dict[str, Any]
@@ -221,6 +228,7 @@ def environment_for(data_dir: Path, **environment: str) -> dict[str, str]:
         "PORT": "0",
         "ONBOARDING_LOG_FORMAT": "json",
         "ONBOARDING_DATA_DIR": str(data_dir),
+        **UNLIMITED,
         **environment,
     }
 
