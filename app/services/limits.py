@@ -81,7 +81,7 @@ class _Allowance:
                 if taken is None:
                     return None
                 self._fill(purse, taken, now_s)
-            return self._use(purse, now_s)
+            return self._use(purse, monotonic_s())
 
     def refuse(self, caller: str) -> None:
         """Let a caller through no more until the store has another token."""
@@ -124,8 +124,11 @@ class _Allowance:
 
     def _use(self, purse: _Purse, now_s: float) -> Standing:
         purse.held -= 1
-        reset_s = ceil((purse.next_s - now_s) % self._refill_s)
-        return Standing(self._policy, purse.held + purse.left, reset_s)
+        reset_s = purse.next_s - now_s
+        if reset_s < 0:
+            # That one has come, and others after it.
+            reset_s %= self._refill_s
+        return Standing(self._policy, purse.held + purse.left, ceil(reset_s))
 
 
 class Limiter:
