@@ -77,7 +77,8 @@ def plan_recovery(found: Found, *, pin: str, total: int, now_ms: int) -> Remains
         ("progress", found.progress_is_whole and marks == saved),
     ):
         (kept if is_whole else lost).append(name)
-    if not kept:
+    if not set(kept) - {"tokens"}:
+        # A session of which nothing is left has nothing to open.
         return None
 
     before = {name: text for name, text in found.progress.items() if _is_count(text)}

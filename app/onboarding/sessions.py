@@ -20,7 +20,7 @@ MAX_OWNER_LENGTH = 128
 """Longest workspace_id and user_id, in characters."""
 
 
-RESERVED_SESSION_IDS = frozenset({"short", "task"})
+RESERVED_SESSION_IDS = frozenset({"short", "task", "token"})
 """What no session is called: `onboarding:task:metadata` would be its key and that of a task."""
 
 

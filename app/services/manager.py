@@ -148,13 +148,33 @@ class OnboardingSessionManager:
         return view["session_id"]
 
     async def begin_session(
-        self, owner: Owner, *, request: IdempotentRequest | None = None
+        self,
+        owner: Owner,
+        *,
+        request: IdempotentRequest | None = None,
+        session_id: str | None = None,
+        token_digest: str | None = None,
+        seed: str | None = None,
     ) -> SessionView:
-        """Make a session for an owner that was checked, and describe it."""
-        created = None
+        """Make a session for an owner that was checked, and describe it.
+
+        `session_id` is a new UUID4, for who must know it before: a session token holds it.
+        `token_digest` lets that token in from the beginning, `seed` is kept beside it. When an
+        Idempotency-Key is replayed, the session is the first one, and none of them is kept.
+        Raises `SessionConflictError` when there is one with this id.
+        """
         await self._catalogues.keep_current()
+        created = None
         while created is None:
-            created = await self._create(str(uuid.uuid4()), owner, request=request)
+            created = await self._create(
+                session_id or str(uuid.uuid4()),
+                owner,
+                request=request,
+                token_digest=token_digest,
+                seed=seed,
+            )
+            if created is None and session_id is not None:
+                raise SessionConflictError
         return view_session(created.session_id, owner, created.state)
 
     async def begin_session_with(self, session_id: str, owner: Owner, *, upload: FileInfo) -> None:
@@ -591,9 +611,20 @@ class OnboardingSessionManager:
         *,
         request: IdempotentRequest | None = None,
         upload: FileInfo | None = None,
+        token_digest: str | None = None,
+        seed: str | None = None,
     ) -> Created | None:
         """Make a session where there is room; None when there is one with this id."""
-        new = NewSession(session_id, owner, self.catalogue, now_ms(), upload, self._rules.capacity)
+        new = NewSession(
+            session_id,
+            owner,
+            self.catalogue,
+            now_ms(),
+            upload,
+            self._rules.capacity,
+            token_digest,
+            seed,
+        )
         created = await self._sessions.create(new, request=request)
         if created is not None and not (request and request.replayed):
             log.info("session_created", session_id=created.session_id)

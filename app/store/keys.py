@@ -25,6 +25,11 @@ class SessionKeys(NamedTuple):
         return f"{self.prefix}export"
 
     @property
+    def tokens(self) -> str:
+        """The digests of all tokens of the session, in its slot."""
+        return f"onboarding:token:{self.prefix.split(':')[1]}"
+
+    @property
     def history(self) -> str:
         """The last questions, with their answers."""
         return f"{self.prefix}history"

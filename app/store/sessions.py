@@ -39,7 +39,8 @@ class NewSession(NamedTuple):
     """What a session is made of, and for how many there is room.
 
     `at_ms` is the caller's time in Unix milliseconds, `upload` the file that it begins with, whose
-    parts are kept already.
+    parts are kept already. `token_digest` is that of its first session token, `seed` what the
+    caller will need to make that token again.
     """
 
     session_id: str
@@ -48,6 +49,8 @@ class NewSession(NamedTuple):
     at_ms: int
     upload: FileInfo | None = None
     capacity: Capacity = NO_LIMIT
+    token_digest: str | None = None
+    seed: str | None = None
 
 
 class Created(NamedTuple):
@@ -174,7 +177,8 @@ class SessionStore:
         fields |= {name: value for name, value in further.items() if value is not None}
         about = [] if new.upload is None else write_info(new.upload)
         args: list[Argument] = [new.session_id, new.catalogue.pin, new.catalogue.total]
-        args += [*new.capacity, len(about), *about, *_flat(fields)]
+        args += [*new.capacity, new.token_digest or "", new.seed or ""]
+        args += [len(about), *about, *_flat(fields)]
         evicted: list[str] = []
         while True:
             reply = await self._gateway.change(

@@ -297,7 +297,7 @@ def test_an_id_that_could_change_the_meaning_of_a_key_is_refused(session_id: str
         check_session_id(session_id)
 
 
-@pytest.mark.parametrize("session_id", ["short", "task"])
+@pytest.mark.parametrize("session_id", ["short", "task", "token"])
 def test_an_id_that_other_keys_begin_with_is_reserved(session_id: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"reserved.*{session_id}"):
         check_session_id(session_id)

@@ -23,13 +23,15 @@ from app.store.connect import connect
 from app.store.events import EventStore
 from app.store.files import FileStore
 from app.store.gateway import Gateway
+from app.store.keys import SessionKeys
+from app.store.tokens import TokenStore
 from tests.conftest import QUICKLY
 
 Manager = OnboardingSessionManager
 
 SHARED = (
     *("metadata", "progress", "events", "ops", "export", "step:", "result", "upload"),
-    "history",
+    *("history", "tokens"),
 )
 """How the names of the keys begin that share the session's deadline."""
 
@@ -60,6 +62,11 @@ class Place(NamedTuple):
     def questions(self) -> AssistantStore:
         """The questions that were asked."""
         return AssistantStore(self.gateway)
+
+    @property
+    def tokens(self) -> TokenStore:
+        """The digests of tokens."""
+        return TokenStore(self.gateway)
 
     async def add_answer(self, session_id: str, question: str = "a", took_ms: int = 5) -> None:
         """Keep a question with its answer."""
@@ -174,6 +181,7 @@ WRITES = {
     "store_result, in parts": Write(lambda p, s: p.store(s, "w", b"abc", b"de"), 1),
     "add_answer": Write(lambda p, s: p.add_answer(s), 0),
     "add_answer, of a finalized one": Write(lambda p, s: p.add_answer(s), 0, finalized=True),
+    "add_session_token": Write(lambda p, s: p.tokens.add_session_token(s, "0b", at_ms=now_ms()), 0),
     "store_result, of nothing": Write(lambda p, s: p.generation.store_result(s, b""), 1),
 }
 
@@ -212,7 +220,8 @@ async def prepare(manager: Manager, *, finalized: bool = False) -> str:
 async def prepare_with_files(place: Place, *, finalized: bool = False) -> str:
     """Make the same with everything else that a session may have; give its id.
 
-    An upload and a result, each in two parts, a body that is still on its way, a question.
+    An upload and a result, each in two parts, a body that is still on its way, a question, a
+    token.
     """
     session_id = "with-files"
     await place.upload(session_id, b"up", b"load")
@@ -222,6 +231,7 @@ async def prepare_with_files(place: Place, *, finalized: bool = False) -> str:
     await place.store(session_id, "r", b"re", b"sult")
     await place.send(session_id, "x", b"unfinished")
     await place.add_answer(session_id)
+    await place.tokens.add_session_token(session_id, "0a", at_ms=now_ms())
     if finalized:
         await place.manager.finalize(session_id)
     return session_id
@@ -235,17 +245,23 @@ def keyed(key: str = "k1", body: bytes = b"{}") -> IdempotentRequest:
 
 
 async def names_of_keys(gateway: Gateway, session_id: str) -> set[str]:
-    """List the keys of a session, each without the session's prefix."""
-    prefix = gateway.keys.session(session_id).prefix
-    found = await gateway.command("KEYS", f"{prefix}*")
-    return {key.decode().removeprefix(prefix) for key in found}
+    """List the keys of a session, each without the session's prefix, and `tokens`."""
+    keys = gateway.keys.session(session_id)
+    found = await gateway.command("KEYS", f"{keys.prefix}*")
+    tokens = {"tokens"} if await gateway.command("EXISTS", keys.tokens) else set()
+    return {key.decode().removeprefix(keys.prefix) for key in found} | tokens
+
+
+def key_named(keys: SessionKeys, name: str) -> str:
+    """Give the key that `names_of_keys` gives this name."""
+    return keys.tokens if name == "tokens" else keys.prefix + name
 
 
 async def deadlines_ms(gateway: Gateway, session_id: str) -> dict[str, int]:
     """Ask when each key of a session expires, in Unix milliseconds; -1 stands for never."""
-    prefix = gateway.keys.session(session_id).prefix
+    keys = gateway.keys.session(session_id)
     names = sorted(await names_of_keys(gateway, session_id))
-    return {name: await gateway.command("PEXPIRETIME", prefix + name) for name in names}
+    return {name: await gateway.command("PEXPIRETIME", key_named(keys, name)) for name in names}
 
 
 async def store_time_ms(gateway: Gateway) -> int:

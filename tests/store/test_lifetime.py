@@ -385,9 +385,9 @@ class TestOnlyAWriteThatCrossesACoarseStep:
         shared = [
             name for name in await names_of_keys(gateway, session_id) if name.startswith(SHARED)
         ]
-        # Four, the export, the history, two steps, a result and an upload in two parts each, a
-        # part by itself.
-        assert len(shared) == 4 + 1 + 1 + 2 + 2 * 3 + 1
+        # Four, the export, the history, the tokens, two steps, a result and an upload in two parts
+        # each, a part by itself.
+        assert len(shared) == 4 + 1 + 1 + 1 + 2 + 2 * 3 + 1
         # The parts of a body are found by its description and by the memory of operations.
         assert await self.touched(raw) - before == len(shared) + 4
         assert await shared_deadline_ms(gateway, session_id) > made_until_ms

@@ -102,7 +102,7 @@ def test_an_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_thei
 
 def test_an_opening_may_ask_for_others_and_each_stands_there_once() -> None:
     assert sorted(OPENINGS) == [
-        *("clock", "erase", "index", "parts", "room", "session", "status", "tasks")
+        *("clock", "erase", "index", "parts", "room", "session", "status", "tasks", "tokens")
     ]
     assert files_of("set_status") == [
         *("clock", "parts", "index", "session", "status", "set_status")
@@ -160,7 +160,7 @@ class Session:
         return word
 
     def create(self, *, pin: str = PIN) -> list[Argument]:
-        return [self.id, pin, 3, *ROOM, 0, "language", "en", "custom", "{}"]
+        return [self.id, pin, 3, *ROOM, "0a", "5e", 0, "language", "en", "custom", "{}"]
 
     def save(
         self, *, pin: str = PIN, match: str = "", version: str = "", draft: str = ""
@@ -177,6 +177,7 @@ BODY = ["result", "result:t:1"]
 STORE: list[Argument] = ["result_stored", "", 4, "transfer", "t", "parts", 1, "size", 1]
 PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "run", "status", "percent"]
 REPORT: list[Argument] = ["stage", 10, "message", "id-1", ""]
+LET_IN: list[Argument] = ["0b", 100]
 ASKED: list[Argument] = ['{"question":"a"}', 5, 10]
 UPDATE: list[Argument] = ["", "", "", "", 2, "user_id", "u"]
 ROOM: list[Argument] = [0, "refuse"]
@@ -297,6 +298,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
         ("add_event", [], REPORT),
         ("store_body", BODY, STORE),
         ("add_answer", ["history"], ASKED),
+        ("add_session_token", [], LET_IN),
     ]
     for name, keys, args in calls:
         assert await session.change(name, keys, args) == "not_found"
@@ -313,7 +315,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.call("read_history", history, []) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), [2, *DELETE[1:]]) == "ok"
-    with_file = [*session.create()[:5], 2, "parts", 1, *session.create()[6:]]
+    with_file = [*session.create()[:7], 2, "parts", 1, *session.create()[8:]]
     lost = await session.change("create_session", ["upload", "upload:t:1"], with_file)
     assert lost == "part_lost"
     assert await gateway.command("KEYS", "*") == []
@@ -355,6 +357,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.change("record_recovery", args=[1, 0]) == "ok"
     assert await session.change("add_answer", ["history"], ASKED) == "ok"
     assert await session.call("read_history", history, []) == "ok"
+    assert await session.change("add_session_token", args=LET_IN) == "ok"
     await gateway.command("HSET", progress, "request_count", "x")
     assert await session.change("add_answer", ["history"], ASKED) == "damaged"
     await gateway.command("HDEL", progress, "request_count")

@@ -65,7 +65,7 @@ async def load_sessions(
             created_ms = newest_ms - (count - 1 - number) * spread_ms
             arguments: list[Any] = [
                 *(*keys, name, 1, settings.session_ttl_s * 1000, created_ms, "", name),
-                *(catalogue.pin, catalogue.total, 0, "refuse", 0),
+                *(catalogue.pin, catalogue.total, 0, "refuse", "", "", 0),
                 *("language", "en", "custom", "{}", "workspace_id", f"w{number % 7}"),
             ]
             pipeline.evalsha(sha, 4, *arguments)

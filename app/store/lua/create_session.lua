@@ -6,8 +6,9 @@
 -- KEYS  with a file: 5 the upload, from 6 its parts, which are there already
 -- ARGV  6 session id, 7 catalogue pin, 8 number of steps, 9 most sessions there may be unless
 --       operators have said otherwise (0 = any number; asked only without hash tags),
---       10 'refuse' or 'evict_oldest', 11 number of values about the file (0 = none), then field and
---       value of each, then field and value of the metadata
+--       10 'refuse' or 'evict_oldest', 11 digest of a session token ('' = none), 12 seed of it ('' =
+--       none), 13 number of values about the file (0 = none), then field and value of each, then field
+--       and value of the metadata
 --
 -- Returns {'ok', session id, created_at in Unix ms, deadline in Unix ms, number of steps, evicted
 --          session, ...}, {'exists'}, {'part_lost'} when the file is not whole any more,
@@ -19,7 +20,7 @@ if state.status then
   return {'exists'}
 end
 
-local file_values = tonumber(ARGV[11])
+local file_values = tonumber(ARGV[13])
 if file_values > 0 then
   for i = 6, #KEYS do
     if redis.call('EXISTS', KEYS[i]) == 0 then
@@ -43,12 +44,18 @@ if limit > 0 then
 end
 
 if file_values > 0 then
-  redis.call('HSET', KEYS[5], unpack(ARGV, 12, 11 + file_values))
+  redis.call('HSET', KEYS[5], unpack(ARGV, 14, 13 + file_values))
   for i = 6, #KEYS do
     redis.call('HSET', OPS, 'part:' .. KEYS[i], 'kept')
   end
 end
-redis.call('HSET', METADATA, 'created_at', at_ms, unpack(ARGV, 12 + file_values))
+redis.call('HSET', METADATA, 'created_at', at_ms, unpack(ARGV, 14 + file_values))
+if ARGV[11] ~= '' then
+  redis.call('HSET', TOKENS, 'session:' .. ARGV[11], whole(now_ms))
+end
+if ARGV[12] ~= '' then
+  redis.call('HSET', TOKENS, 'seed', ARGV[12])
+end
 if not IS_TAGGED and read_entry(ARGV[6]) then
   -- One of the same name has outlived its lifetime unseen.
   unplace(ARGV[6])

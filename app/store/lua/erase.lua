@@ -16,7 +16,7 @@ local MOST_STEPS = 999
 local function erase(prefix, steps, at_ms, kind, reason)
   local events, ops = prefix .. 'events', prefix .. 'ops'
   local keys = {prefix .. 'metadata', prefix .. 'progress', events, ops, prefix .. 'export',
-    prefix .. 'history'}
+    prefix .. 'history', tokens_of(prefix)}
   for _, body in ipairs({'result', 'upload'}) do
     keys[#keys + 1] = prefix .. body
     for _, part in ipairs(parts_of(prefix .. body)) do

@@ -25,7 +25,7 @@ for i = 6, at do
   for _, part in ipairs(parts_of(prefix .. ARGV[i])) do
     redis.call('DEL', part)
   end
-  redis.call('DEL', prefix .. ARGV[i])
+  redis.call('DEL', ARGV[i] == 'tokens' and tokens_of(prefix) or prefix .. ARGV[i])
 end
 redis.call('DEL', KEYS[1], KEYS[2])
 

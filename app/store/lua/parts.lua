@@ -1,12 +1,18 @@
 -- include clock.lua
--- The parts of a session's large bodies: put before the scripts that ask for it.
+-- The keys of a session that have other names than its prefix and a word: put before the scripts
+-- that ask for it.
 --
 -- KEYS  none of its own
 -- ARGV  none of its own
 --
--- Returns nothing: it gives `parts_of(key)`, the keys of the parts that the body `key` is kept in.
+-- Returns nothing: it gives `parts_of(key)`, the keys of the parts that the body `key` is kept in,
+-- and `tokens_of(prefix)`, the key of the tokens of the session whose other keys begin so.
 --
 -- Safe to send twice: it only defines.
+
+local function tokens_of(prefix)
+  return 'onboarding:token:' .. string.match(prefix, '^onboarding:(.*):$')
+end
 
 local function parts_of(key)
   local body = redis.pcall('HMGET', key, 'transfer', 'parts')

@@ -11,8 +11,8 @@
 -- Safe to send twice: it reads.
 
 local prefix = string.sub(KEYS[2], 1, -#'progress' - 1)
-local names = {'metadata', 'progress', 'events', 'ops', 'export', 'history', 'result',
-  'upload'}
+local names = {'metadata', 'progress', 'events', 'ops', 'export', 'history', 'tokens',
+  'result', 'upload'}
 local saved = redis.pcall('HGET', KEYS[2], 'saved')
 local steps = math.max(type(saved) == 'string' and #saved or 0, tonumber(ARGV[1]))
 for step = 1, math.min(steps, 999) do
@@ -21,7 +21,7 @@ for step = 1, math.min(steps, 999) do
 end
 local reply = {'ok'}
 for _, name in ipairs(names) do
-  local key = prefix .. name
+  local key = name == 'tokens' and tokens_of(prefix) or prefix .. name
   local kind = redis.call('TYPE', key).ok
   local value = ''
   if kind == 'string' then

@@ -18,10 +18,11 @@
 -- many others write, and a repeat is answered from memory before anything is looked at or changed.
 --
 -- The keys of a session that a script does not name (all steps, when the lifetime moves on) are
--- derived from the name of `progress`: they share its prefix and, under a hash tag, its slot.
+-- derived from the name of `progress`: they share the session's id and, under a hash tag, its slot.
 
 local METADATA, PROGRESS, EVENTS, OPS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local SESSION = string.match(PROGRESS, '^onboarding:(.*):progress$')
+local TOKENS = tokens_of('onboarding:' .. SESSION .. ':')
 local operation, lifetime_ms, at_ms, fingerprint = ARGV[1], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 
 local MEMORY_MS = 120000
@@ -177,6 +178,7 @@ local function move_deadline()
     'upload'}) do
     redis.call('PEXPIREAT', prefix .. name, deadline)
   end
+  redis.call('PEXPIREAT', TOKENS, deadline)
   for _, body in ipairs({'result', 'upload'}) do
     for _, part in ipairs(parts_of(prefix .. body)) do
       redis.call('PEXPIREAT', part, deadline)

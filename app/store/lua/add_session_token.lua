@@ -1,0 +1,18 @@
+-- include tokens.lua
+-- Let a session token in, beside those that there are. It is no change and makes no event.
+--
+-- KEYS  none of its own
+-- ARGV  6 digest of the token, 7 how many there may be: the oldest goes
+--
+-- Returns {'ok'}, {'not_found'}, {'damaged', key} when there is no telling which tokens there are
+--
+-- Safe to send twice: see session.lua.
+
+if not state.status then
+  return {'not_found'}
+end
+if not tokens then
+  return {'damaged', TOKENS}
+end
+add_session_token(ARGV[6], tonumber(ARGV[7]))
+return answer({'ok'})
