@@ -79,7 +79,7 @@ class VerifyingKey:
     """
 
     kid: str | None
-    thumbprint: str
+    thumbprint: str = field(repr=False)
     algorithms: frozenset[str]
     key: Key = field(compare=False, repr=False)
 
@@ -170,11 +170,12 @@ def _is_secret(text: bytes) -> bool:
 
 
 def _unfold(text: str) -> bytes:
-    """Decode base64, in which some show public keys; what is none comes as it is."""
+    """Decode base64, in which some show public keys; what is too short for one comes as it is."""
     try:
-        return base64.b64decode(text.translate(_URLSAFE) + "==") or text.encode()
+        decoded = base64.b64decode(text.translate(_URLSAFE) + "==")
     except ValueError:
-        return text.encode()
+        decoded = b""
+    return decoded if len(decoded) >= SHORTEST_SECRET else text.encode()
 
 
 def _read_jwk(jwk: Any, algorithms: Collection[str]) -> VerifyingKey | None:

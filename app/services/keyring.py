@@ -111,7 +111,7 @@ class Keyring:
     async def verify(self, token: str) -> Verified:
         """Say whom a token names. Raises `UnauthenticatedError` for whatever is wrong with it.
 
-        Takes under 0.1 ms, but for one with an unknown key, which waits for a look that may find
+        Takes about 0.1 ms, but for one with an unknown key, which waits for a look that may find
         it: the provider may have begun to sign with a new one.
         """
         header = read_header(token, self._rules)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from httpx2 import Client
 
+from app.onboarding.access import Scope, write_api_key
 from tests.process.conftest import StartService
 from tests.process.service_process import (
     QUICK_RETRIES,
@@ -32,6 +33,7 @@ from tests.servers import HOST, Valkey, free_ports, wait_until
 from tests.service import BASE
 
 PASSWORD = "hunter2-is-the-password"
+API_KEY = "ok_hunter3-is-the-key"
 ANSWER = "blue whales of the south"
 MISSPELT = {
     "ONBOARDING_SESION_TTL_S": "value-of-a-misspelt-one",
@@ -75,6 +77,8 @@ def run(start_shared: StartService, tmp_path_factory: pytest.TempPathFactory) ->
         seen = Run(store)
         service = start_shared(
             ENVIRONMENT="production",
+            ONBOARDING_AUTH="on",
+            ONBOARDING_API_KEYS=write_api_key("tests", [Scope.SESSIONS], API_KEY),
             WEB_CONCURRENCY="2",
             REDIS_URL=f"redis://:{PASSWORD}@localhost:{store.port}/0",
             ONBOARDING_DRAIN_S="0",
@@ -83,6 +87,7 @@ def run(start_shared: StartService, tmp_path_factory: pytest.TempPathFactory) ->
             **QUICK_RETRIES,
         ).wait_until_ready(2)
         with service.client() as client:
+            client.headers["X-API-Key"] = API_KEY
             session_id = _use(seen, client)
             _lean_on(service)
             with socket.create_connection((HOST, service.port)) as link:
@@ -125,6 +130,7 @@ def _lean_on(service: ServiceProcess) -> None:
 
     def write(_: int) -> None:
         with service.client() as client:
+            client.headers["X-API-Key"] = API_KEY
             session_id = begin_session(client)
             for step_id in range(1, 24):
                 assert save_step(client, session_id, step_id, answer=ANSWER).status_code == 200
@@ -221,7 +227,7 @@ def test_the_listening_address_stands_once_and_that_of_redis_nowhere(run: Run) -
 
 @shared
 def test_no_secret_and_no_answer_stands_in_the_log(run: Run) -> None:
-    for secret in (PASSWORD, ANSWER, ANSWER.replace(" ", "-")):
+    for secret in (PASSWORD, API_KEY, ANSWER, ANSWER.replace(" ", "-")):
         assert secret not in run.stdout
 
 
