@@ -6,6 +6,7 @@ import structlog
 from typing_extensions import TypedDict
 
 from app.services.assistant import AssistantService, make_assistant
+from app.services.audit import AuditTrail, make_audit_trail
 from app.services.background import Repeated
 from app.services.events import EventService, StreamLimits
 from app.services.files import FileService, make_file_service
@@ -35,6 +36,7 @@ class Services:
     retention: RetentionService
     stats: StatsService
     assistant: AssistantService
+    audit: AuditTrail
     health: HealthMonitor
     learning: Repeated
     gateway: Gateway
@@ -48,6 +50,7 @@ class Services:
         else:
             # It may come later: the process serves, says that it is down, and heals.
             log.warning("store_missed_at_start")
+        self.audit.start()
         self.learning.start()
         await self.retention.start()
 
@@ -61,6 +64,7 @@ class Services:
         """Close what was opened, last opened first."""
         await self.retention.aclose()
         await self.learning.aclose()
+        await self.audit.aclose()
         await self.subscription.aclose()
         await self.health.aclose()
         await self.assistant.aclose()
@@ -96,6 +100,7 @@ def build_services(settings: Settings) -> Services:
         retention=make_retention_service(gateway, tasks, settings),
         stats=make_stats_service(gateway, settings),
         assistant=make_assistant(gateway, settings),
+        audit=make_audit_trail(gateway),
         health=HealthMonitor(make_probe(settings), gateway),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,

@@ -77,7 +77,7 @@ ASYNCHRONOUS = (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)
 FEATURES = {
     *("sessions", "steps", "progress", "catalogue", "exports", "generation", "tasks"),
     *("retention", "stats", "access", "limits", "assistant", "health", "events", "files", "jobs"),
-    *("feed", "recovery", "tokens"),
+    *("feed", "recovery", "tokens", "audit"),
 }
 """The stems of the features: the same one in every ring."""
 

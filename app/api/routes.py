@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from app.api import (
     assistant,
+    audit,
     catalogue,
     events,
     exports,
@@ -57,6 +58,7 @@ OPERATIONS: list[Operation] = [
     *tasks.OPERATIONS,
     *stats.OPERATIONS,
     *retention.OPERATIONS,
+    *audit.OPERATIONS,
     *health.OPERATIONS,
     Operation(
         methods=["GET"],

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, NotRequired
 from typing_extensions import TypedDict
 
 from app.clock import rfc3339
+from app.errors import InvalidRequestError
 from app.onboarding.generation import StatusView
 from app.onboarding.progress import Progress
 
@@ -106,6 +107,14 @@ def parse_event_id(text: str) -> EventId | None:
     if not found:
         return None
     return EventId(int(found[1]), int(found[2] or 0))
+
+
+def parse_after(text: str | None) -> EventId:
+    """Read the id to go on after; without one, that is before all. Raises `InvalidRequestError`."""
+    place = BEFORE_ALL if text is None else parse_event_id(text)
+    if place is None:
+        raise InvalidRequestError("after is the id of an event, such as 1767268800000-0")
+    return place
 
 
 def is_gap(after: EventId, extent: Extent) -> bool:

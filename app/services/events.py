@@ -30,6 +30,7 @@ from app.onboarding.events import (
     Snapshot,
     describe_event,
     is_gap,
+    parse_after,
     parse_event_id,
 )
 from app.onboarding.generation import view_status
@@ -96,9 +97,7 @@ class EventService:
         Raises `InvalidRequestError`.
         """
         check_session_id(session_id)
-        place = BEFORE_ALL if after is None else parse_event_id(after)
-        if place is None:
-            raise InvalidRequestError("after is the id of an event, such as 1767268800000-0")
+        place = parse_after(after)
         if only is not None and only not in EVENT_TYPES:
             raise InvalidRequestError(f"type is one of {', '.join(EVENT_TYPES)}")
         check_limit(limit, MAX_EVENTS)

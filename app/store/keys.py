@@ -89,6 +89,7 @@ class Keys:
         self.hash_tag = hash_tag
         self._prefix = "onboarding:{%s}:" if hash_tag else "onboarding:%s:"
         self._index = f"onboarding:index:{'{sessions}' if hash_tag else 'sessions'}:"
+        self._audit = f"onboarding:index:{'{audit}' if hash_tag else 'audit'}:"
 
     session_prefix = "onboarding:"
     """What comes before the id of a session, where keys have no hash tags."""
@@ -96,6 +97,10 @@ class Keys:
     def index(self, part: str) -> str:
         """A part of the index of all sessions; `lua/index.lua` tells what each one holds."""
         return self._index + part
+
+    def audit(self, part: str) -> str:
+        """A part of the record: `done`, `refused`, or `batch:<writer>`."""
+        return self._audit + part
 
     def session(self, session_id: str) -> SessionKeys:
         """Name the keys of a session; the id is known to be safe in a key."""

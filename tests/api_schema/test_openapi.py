@@ -95,6 +95,7 @@ CONTRACT: dict[tuple[str, str], set[str]] = {
     ("POST", f"{ADMIN}/cleanup"): STORE | BODY | {"invalid_request"},
     ("POST", f"{ADMIN}/sessions/bulk"): STORE | BODY | {"invalid_request"},
     ("POST", RECOVER): STORE | PATH | {"session_conflict"},
+    ("GET", f"{ADMIN}/audit"): {"invalid_request", "corrupt_record", "store_unavailable"},
     ("GET", f"{ADMIN}/config"): {"store_unavailable"},
     ("PATCH", f"{ADMIN}/config"): STORE | BODY | {"invalid_request"},
     **{("GET", path): set() for path in (f"{BASE}/steps", "/livez", "/health", "/healthz")},
@@ -592,6 +593,8 @@ async def walk_as_an_operator(walk: Walker) -> None:
     await walk("PATCH", f"{ADMIN}/config", 200, json={"max_sessions": 9, "cleanup_interval_s": 60})
     await walk("PATCH", f"{ADMIN}/config", 200, json={"max_sessions": None})
     await walk("PATCH", f"{ADMIN}/config", 422, json={"max_sessions": -1})
+    await walk("GET", f"{ADMIN}/audit", 200)
+    await walk("GET", f"{ADMIN}/audit", 422, params={"after": "x"})
     await walk("POST", f"{ADMIN}/cleanup", 422, json={"dry_run": True})
     await walk("POST", f"{ADMIN}/cleanup", 415, content=b"a", headers={"content-type": "a/b"})
     await walk("POST", f"{ADMIN}/cleanup", 200, json={"status": "error", "dry_run": True})

@@ -263,6 +263,30 @@ async def drive_index(session: Session) -> None:
     await session.gateway.command("DEL", *await session.gateway.command("KEYS", keys.index("*")))
 
 
+async def drive_audit(session: Session) -> None:
+    """Let something be done and refused: every script of the record, every word."""
+    keys = [session.gateway.keys.audit(part) for part in ("done", "refused", "batch:w")]
+    batch: list[Argument] = [1, 10, 600_000]
+    batch += [
+        "",
+        AT_MS,
+        "u",
+        "finalize",
+        "ok",
+        "s",
+        "1",
+        AT_MS,
+        "u",
+        "get_session",
+        "forbidden",
+        "",
+    ]
+    assert await session.call("add_audit", keys, batch) == "ok"
+    assert await session.call("add_audit", keys, batch) == "repeated"
+    assert await session.call("read_audit", keys[:2], ["0-0", 10]) == "ok"
+    assert await session.gateway.command("DEL", *keys) == 3
+
+
 async def drive_room(session: Session) -> None:
     """Make a session where there is room for none but one of its name."""
     index = session.gateway.keys.index
@@ -321,6 +345,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await gateway.command("KEYS", "*") == []
     await drive_index(session)
     await drive_room(session)
+    await drive_audit(session)
 
     # It is made and changed.
     assert await session.change("create_session", args=session.create()) == "ok"
