@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
+from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -24,6 +25,7 @@ from app.api.middleware import QUIET, ROUTE, SESSION_ID
 from app.api.operations import Body, Operation, Stream
 from app.api.streaming import Content, too_large
 from app.errors import (
+    Fault,
     InvalidRequestError,
     InvalidStepDataError,
     SessionNotFoundError,
@@ -85,10 +87,27 @@ _CHECKS: Mapping[str, Callable[[str], None]] = {
 """What is asked of further parameters of a path, by their names."""
 
 
+def _read_segment(template: str, scope: Scope, name: str) -> str:
+    """Read a parameter of the path that may hold any character, a slash too.
+
+    From the path as it was sent: in the decoded one a slash and the text %2F are the same.
+    """
+    segments = template.split("/")
+    # Counted from the end: a proxy's prefix may come before.
+    place = segments.index(f"{{{name}}}") - len(segments)
+    sent = scope["raw_path"].partition(b"?")[0].split(b"/")[place]
+    try:
+        return unquote_to_bytes(sent).decode()
+    except UnicodeDecodeError:
+        detail = "Not percent-encoded UTF-8"
+        fault = Fault(pointer=f"/{name}", code="string", detail=detail)
+        raise InvalidRequestError(f"Not acceptable: {name}", [fault]) from None
+
+
 async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     state = cast("AppState", scope["state"])
     services, settings = state["services"], state["settings"]
-    parameters: dict[str, str] = scope["path_params"]
+    parameters: dict[str, str] = {**scope["path_params"]}
     session_id, step_id = parameters.get("id", ""), 0
     if session_id:
         if not is_public_id(session_id):
@@ -101,6 +120,8 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     for name, value in parameters.items():
         if name in _CHECKS:
             _CHECKS[name](value)
+    if "user_id" in parameters:
+        parameters["user_id"] = _read_segment(operation.path, scope, "user_id")
 
     headers = Headers(scope=scope)
     if_match = if_none_match = None

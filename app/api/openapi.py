@@ -80,7 +80,7 @@ def codes_of(operation: Operation) -> list[str]:
         codes.append("invalid_step_id")
     if "{task_id}" in operation.path:
         codes.append("task_not_found")
-    if "{short_id}" in operation.path:
+    if "{short_id}" in operation.path or "{user_id}" in operation.path:
         codes.append("invalid_request")
     if operation.preconditions:
         codes.append("invalid_header")
@@ -221,6 +221,7 @@ _PARAMETERS: dict[str, Any] = {
     "n": _parameter("n", "path", "The number of a step of the catalogue", "^[1-9][0-9]{0,2}$"),
     "task_id": _parameter("task_id", "path", "The task", ID_PATTERN),
     "short_id": _parameter("short_id", "path", "The short that tasks belong to", ID_PATTERN),
+    "user_id": _parameter("user_id", "path", "The user", r"^[^\x00-\x1f\x7f-\x9f]{1,128}$"),
     "If-Match": _parameter("If-Match", "header", "Change only this version of the step", _TAGS),
     "If-None-Match": _parameter(
         "If-None-Match", "header", "Reading: 304 if unchanged. Saving: `*` if not there yet", _TAGS

@@ -19,6 +19,7 @@ from app.onboarding.retention import (
     BulkView,
     CleanupView,
     ConfigView,
+    ErasureView,
 )
 from app.onboarding.sessions import SessionStatus
 
@@ -107,6 +108,11 @@ async def recover_session(call: Call) -> Response:
     return call.answer(await call.services.retention.recover_corrupted_session(call.session_id))
 
 
+async def erase_user(call: Call) -> Response:
+    """Remove what there is of a user."""
+    return call.answer(await call.services.retention.erase_user(call.parameters["user_id"]))
+
+
 async def get_config(call: Call) -> Response:
     """Show what all processes share."""
     return call.answer(await call.services.retention.get_config())
@@ -153,6 +159,15 @@ OPERATIONS = [
         tag="Operators",
         answers=[Answer(description="What is left", schema=RecoveryView)],
         errors=["session_conflict"],
+    ),
+    Operation(
+        methods=["DELETE"],
+        path=_ADMIN + "/users/{user_id}",
+        handler=erase_user,
+        name="erase_user",
+        summary="Remove the sessions and tasks of a user, up to 1,000 of each",
+        tag="Operators",
+        answers=[Answer(description="What was removed", schema=ErasureView)],
     ),
     Operation(
         methods=["GET"],

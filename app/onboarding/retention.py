@@ -107,6 +107,7 @@ class DeleteReason(StrEnum):
     RULE = "rule"
     LIFETIME = "lifetime"
     CAPACITY = "capacity"
+    ERASURE = "erasure"
 
     @property
     def event(self) -> str:
@@ -125,13 +126,15 @@ class Terms:
     """What must still be so when a session is removed.
 
     Its status is one of `statuses` (none = any), the moment `since` is `before_ms` (Unix ms) at the
-    latest, and with `spares_held` it has no answers that were never exported.
+    latest, with `spares_held` it has no answers that were never exported, and with `user_id` it is
+    that user's, by its own word: what cannot be read names nobody else.
     """
 
     statuses: Sequence[SessionStatus] = ()
     since: Since | None = None
     before_ms: int = 0
     spares_held: bool = False
+    user_id: str | None = None
 
 
 def plan_expiry(
@@ -198,6 +201,15 @@ class BulkView(TypedDict):
 
     updated: int
     failed: list[BulkFailure]
+
+
+class ErasureView(TypedDict):
+    """What was removed of a user; `more` when there is more than one call takes."""
+
+    user_id: str
+    removed: int
+    tasks_removed: int
+    more: bool
 
 
 class ConfigView(TypedDict):

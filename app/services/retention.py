@@ -29,7 +29,7 @@ from app.onboarding.retention import (
     CleanupView,
     ConfigView,
     DeleteReason,
-    SessionFacts,
+    ErasureView,
     Since,
     Terms,
     check_config,
@@ -39,6 +39,7 @@ from app.onboarding.sessions import (
     SessionChanges,
     SessionStatus,
     SessionView,
+    check_owner,
     check_session_id,
     is_session_id,
     parse_changes,
@@ -56,6 +57,7 @@ from app.settings import Settings, load_settings
 from app.store.catalogue import CatalogueStore
 from app.store.client import end_task
 from app.store.connect import connect
+from app.store.feed import FeedStore
 from app.store.gateway import Gateway
 from app.store.recovery import RecoveryStore
 from app.store.retention import RetentionStore
@@ -67,6 +69,7 @@ __all__ = [
     "bulk_update_sessions",
     "cleanup_completed_sessions",
     "cleanup_failed_sessions",
+    "erase_user",
     "force_cleanup_all",
     "get_retention_service",
     "reconfigure",
@@ -105,6 +108,7 @@ class RetentionService:
         gateway: Gateway,
         store: RetentionStore,
         sweeper: Sweeper,
+        tasks: TaskService,
         catalogue: Catalogue,
         defaults: ConfigView,
     ) -> None:
@@ -113,7 +117,9 @@ class RetentionService:
         self._sessions = SessionStore(gateway)
         self._recovery = RecoveryStore(gateway, CatalogueStore(gateway, catalogue))
         self._sweeper = sweeper
+        self._tasks = tasks
         self._feed = FeedService(gateway)
+        self._events = FeedStore(gateway)
         self._defaults = defaults
         self._sweeping: asyncio.Task[bool] | None = None
 
@@ -252,7 +258,7 @@ class RetentionService:
         gone = [each.session_id for each in batch]
         is_more = len(due) > MAX_AT_ONCE
         if not dry_run:
-            gone, is_done = await self._remove(terms, batch)
+            gone, is_done = await self._remove(gone, terms, DeleteReason.CLEANUP)
             is_more = is_more or not is_done
         return CleanupView(removed=len(gone), session_ids=gone, more=is_more)
 
@@ -282,11 +288,12 @@ class RetentionService:
     async def _clean_ended(self, status: SessionStatus, max_age_hours: float) -> int:
         planned = plan_cleanup(status, max_age_hours, now_ms(), everything=False)
         terms = Terms((status,), Since.ENDED, planned.before_ms, spares_held=True)
-        gone, _ = await self._remove(terms, await self._store.list_due(terms))
+        due = [each.session_id for each in await self._store.list_due(terms)]
+        gone, _ = await self._remove(due, terms, DeleteReason.CLEANUP)
         return len(gone)
 
     async def _remove(
-        self, terms: Terms, sessions: Sequence[SessionFacts]
+        self, session_ids: Sequence[str], terms: Terms, reason: DeleteReason
     ) -> tuple[list[str], bool]:
         """Remove those of some sessions that still meet the terms.
 
@@ -294,20 +301,63 @@ class RetentionService:
         """
 
         async def remove(session_id: str) -> bool:
-            return await self._store.remove(session_id, terms, DeleteReason.CLEANUP, at_ms=now_ms())
+            return await self._store.remove(session_id, terms, reason, at_ms=now_ms())
 
         gone: list[str] = []
         try:
-            for start in range(0, len(sessions), AT_ONCE):
+            for start in range(0, len(session_ids), AT_ONCE):
                 if _is_late():
                     return gone, False
-                names = [each.session_id for each in sessions[start : start + AT_ONCE]]
+                names = session_ids[start : start + AT_ONCE]
                 removed = await asyncio.gather(*map(remove, names))
                 gone += [name for name, is_gone in zip(names, removed, strict=True) if is_gone]
         finally:
             if gone:
                 log.info("sessions_removed", removed=len(gone))
         return gone, True
+
+    # --- The end of a user ------------------------------------------------------------------------
+
+    async def erase_user(self, user_id: str) -> ErasureView:
+        """Remove every session and every task of a user, up to 1,000 of each; count them.
+
+        Those with answers that were never exported too, but no session that is somebody else's by
+        now. With `more` there is more to remove: call again. On a Cluster, what began within the
+        last second may be missed. Raises `InvalidRequestError`.
+        """
+        check_owner(None, user_id, "en", workspace_required=False)
+        removed, is_rid_of_sessions = await self._erase_sessions(user_id)
+        tasks_removed, is_rid_of_tasks = await self._erase_tasks(user_id)
+        is_more = not (is_rid_of_sessions and is_rid_of_tasks)
+        log.info("user_erased", removed=removed, tasks_removed=tasks_removed, more=is_more)
+        return ErasureView(
+            user_id=user_id, removed=removed, tasks_removed=tasks_removed, more=is_more
+        )
+
+    async def _erase_sessions(self, user_id: str) -> tuple[int, bool]:
+        """Remove sessions of a user; count them, and say whether that was all."""
+        places = await self._store.list_of_user(user_id, most=MAX_AT_ONCE + 1)
+        batch = places[:MAX_AT_ONCE]
+        names = [place.partition(":")[2] for place in batch]
+        gone, is_done = await self._remove(names, Terms(user_id=user_id), DeleteReason.ERASURE)
+        if is_done and batch:
+            # The name of the list is the user's: what stands there and is not theirs has to go too.
+            spared = sorted(set(names) - set(gone))
+            await self._store.delist_user(user_id, batch, spared)
+        if is_done:
+            # In any case: an earlier call may have come to its end just before.
+            await self._events.forget_erased()
+        return len(gone), is_done and len(places) <= MAX_AT_ONCE
+
+    async def _erase_tasks(self, user_id: str) -> tuple[int, bool]:
+        """Remove tasks of a user; count them, and say whether that was all."""
+        places = await self._tasks.list_places(user_id, most=MAX_AT_ONCE + 1)
+        batch, removed = places[:MAX_AT_ONCE], 0
+        for start in range(0, len(batch), AT_ONCE):
+            if _is_late():
+                return removed, False
+            removed += await self._tasks.erase(user_id, batch[start : start + AT_ONCE])
+        return removed, len(places) <= MAX_AT_ONCE
 
     # --- What all processes share -----------------------------------------------------------------
 
@@ -405,7 +455,7 @@ def make_retention_service(
     defaults = ConfigView(
         max_sessions=settings.max_sessions, cleanup_interval_s=settings.cleanup_interval_s
     )
-    return RetentionService(gateway, store, sweeper, settings.catalogue, defaults)
+    return RetentionService(gateway, store, sweeper, tasks, settings.catalogue, defaults)
 
 
 @cache
@@ -425,6 +475,7 @@ atomic_session_update = _service.atomic_session_update
 bulk_update_sessions = _service.bulk_update_sessions
 cleanup_completed_sessions = _service.cleanup_completed_sessions
 cleanup_failed_sessions = _service.cleanup_failed_sessions
+erase_user = _service.erase_user
 force_cleanup_all = _service.force_cleanup_all
 reconfigure = _service.reconfigure
 recover_corrupted_session = _service.recover_corrupted_session

@@ -1,6 +1,8 @@
 """Tasks that belong to a short: what workers say of their work, and who may ask about it."""
 
+import asyncio
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -309,6 +311,28 @@ class TaskService:
                 break
         if removed:
             log.info("tasks_cleaned", removed=removed)
+        return removed
+
+    async def list_places(self, user_id: str, *, most: int) -> list[str]:
+        """List the places of a user's tasks, for `erase`."""
+        return await self._tasks.list_places(user_id, most=most)
+
+    async def erase(self, user_id: str, places: Sequence[str]) -> int:
+        """Remove what stands at some places of a user's tasks, whatever its status; count it.
+
+        What cannot be read as a task is removed too. Meant for a few places: all at once.
+        """
+
+        async def remove(place: str) -> bool:
+            task_id = place.partition(":")[2]
+            try:
+                task = await self._tasks.get(task_id)
+            except CorruptRecordError:
+                return await self._tasks.drop(task_id)
+            return task is not None and task.user_id == user_id and await self._remove(task)
+
+        removed = sum(await asyncio.gather(*map(remove, places)))
+        await self._tasks.delist(places, user_id)
         return removed
 
     async def aclose(self) -> None:

@@ -1,6 +1,6 @@
 """What ends sessions before their lifetime does: who may be removed, who sweeps, what is set."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from app.errors import SessionNotFoundError
@@ -76,6 +76,18 @@ class RetentionStore:
         except SessionNotFoundError:
             await self._index.remove(session_id, DeleteReason.LIFETIME, at_ms=at_ms)
             return False
+
+    async def list_of_user(self, user_id: str, *, most: int) -> list[str]:
+        """List the places of a user's sessions, as the index has them, the oldest first."""
+        places = await self._gateway.command(
+            *("ZRANGEBYLEX", self._keys.index(f"user:{user_id}"), "-", "+", "LIMIT", 0, most)
+        )
+        return [place.decode() for place in places]
+
+    async def delist_user(self, user_id: str, places: Sequence[str], spared: Sequence[str]) -> None:
+        """Mend the places of a user's sessions, of which some were `spared` from removal."""
+        await self._index.follow_all(spared)
+        await self._gateway.evaluate("delist_user", self._entries, [user_id, *places])
 
     async def reclaim(self) -> None:
         """Take every session out of the index whose lifetime is over."""

@@ -337,7 +337,7 @@ class SessionStore:
                 # evicted is out of the index, where following would put it back.
                 with suppress(OnboardingError):
                     await self._index.follow(session_id)
-        only = ["", "", "", ""] if terms is None else _arguments(terms)
+        only = _arguments(Terms() if terms is None else terms)
         reply = await self._gateway.remove(
             "delete_session", keys[:4], [steps, at_ms, reason.event, reason, *only]
         )
@@ -483,7 +483,8 @@ def _arguments(terms: Terms) -> list[str | int]:
     """Write terms as `delete_session` takes them."""
     statuses = f"|{'|'.join(terms.statuses)}|" if terms.statuses else ""
     field = "" if terms.since is None else _MOMENTS[terms.since]
-    return [statuses, field, terms.before_ms, "1" if terms.spares_held else ""]
+    spares_held = "1" if terms.spares_held else ""
+    return [statuses, field, terms.before_ms, spares_held, terms.user_id or ""]
 
 
 _MOMENTS = {

@@ -192,9 +192,16 @@ class TaskStore:
         names = [entry.decode() for entry in entries]
         return OldTasks(*await self._read_all(names, values, Scope()), len(names))
 
-    async def delist(self, entries: Sequence[str]) -> None:
-        """Take entries off the list of all tasks."""
-        await self._gateway.evaluate("delist_tasks", self._keys.tasks(), entries)
+    async def list_places(self, user_id: str, *, most: int) -> list[str]:
+        """List the places of a user's tasks, the oldest first, whatever has become of them."""
+        entries = self._keys.tasks(user_id).entries
+        return [
+            each.decode() for each in await self._gateway.command("ZRANGE", entries, 0, most - 1)
+        ]
+
+    async def delist(self, entries: Sequence[str], user_id: str | None = None) -> None:
+        """Take entries off the list of a user, or of all tasks."""
+        await self._gateway.evaluate("delist_tasks", self._keys.tasks(user_id), entries)
 
     @property
     def _prefix(self) -> str:

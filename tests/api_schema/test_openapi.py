@@ -95,6 +95,7 @@ CONTRACT: dict[tuple[str, str], set[str]] = {
     ("POST", f"{ADMIN}/cleanup"): STORE | BODY | {"invalid_request"},
     ("POST", f"{ADMIN}/sessions/bulk"): STORE | BODY | {"invalid_request"},
     ("POST", RECOVER): STORE | PATH | {"session_conflict"},
+    ("DELETE", f"{ADMIN}/users/{{user_id}}"): STORE | {"invalid_request"},
     ("GET", f"{ADMIN}/audit"): {"invalid_request", "corrupt_record", "store_unavailable"},
     ("GET", f"{ADMIN}/config"): {"store_unavailable"},
     ("PATCH", f"{ADMIN}/config"): STORE | BODY | {"invalid_request"},
@@ -246,6 +247,7 @@ def test_a_download_is_described_as_an_attachment_of_any_type(path: str) -> None
         ("id", "7b4f3c1e-9d2a-4b6c-8e1f-0a2b3c4d5e6f"),
         ("task_id", "A.b_c-9"),
         ("short_id", "s" * 128),
+        ("user_id", "auth0|é/1 %"),
     ],
 )
 def test_what_the_contract_takes_as_a_parameter_the_document_allows(name: str, value: str) -> None:
@@ -431,6 +433,7 @@ class Walker:
         """Send a request to a path of the document, check the answer, and return its JSON."""
         target = path.replace("{id}", self.session_id).replace("{n}", str(step))
         target = target.replace("{task_id}", "t1").replace("{short_id}", "s1")
+        target = target.replace("{user_id}", "u1")
         response = await self._api.request(method, target, **request)
         assert response.status_code == status, response.text
         content = self._check(operations()[(method, path)], response)
@@ -593,6 +596,7 @@ async def walk_as_an_operator(walk: Walker) -> None:
     await walk("PATCH", f"{ADMIN}/config", 200, json={"max_sessions": 9, "cleanup_interval_s": 60})
     await walk("PATCH", f"{ADMIN}/config", 200, json={"max_sessions": None})
     await walk("PATCH", f"{ADMIN}/config", 422, json={"max_sessions": -1})
+    await walk("DELETE", f"{ADMIN}/users/{{user_id}}", 200)
     await walk("GET", f"{ADMIN}/audit", 200)
     await walk("GET", f"{ADMIN}/audit", 422, params={"after": "x"})
     await walk("POST", f"{ADMIN}/cleanup", 422, json={"dry_run": True})

@@ -418,6 +418,7 @@ class TestConfig:
         (DeleteReason.REQUEST, "deleted"),
         (DeleteReason.CLEANUP, "deleted"),
         (DeleteReason.UNREADABLE, "deleted"),
+        (DeleteReason.ERASURE, "deleted"),
         (DeleteReason.RULE, "expired"),
         (DeleteReason.LIFETIME, "expired"),
         (DeleteReason.CAPACITY, "evicted"),

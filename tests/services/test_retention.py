@@ -43,7 +43,7 @@ from tests.store.test_stats import load_sessions
 
 BY_NAME = [
     *("atomic_session_update", "with_session", "bulk_update_sessions"),
-    *("cleanup_failed_sessions", "cleanup_completed_sessions", "force_cleanup_all"),
+    *("cleanup_failed_sessions", "cleanup_completed_sessions", "force_cleanup_all", "erase_user"),
     *("register_session_callback", "reconfigure", "recover_corrupted_session", "shutdown"),
 ]
 """What callers import from the module or call on the service."""

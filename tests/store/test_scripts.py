@@ -181,7 +181,7 @@ LET_IN: list[Argument] = ["0b", 100]
 ASKED: list[Argument] = ['{"question":"a"}', 5, 10]
 UPDATE: list[Argument] = ["", "", "", "", 2, "user_id", "u"]
 ROOM: list[Argument] = [0, "refuse"]
-DELETE: list[Argument] = [1, 3, AT_MS, "deleted", "request", "", "", 0, ""]
+DELETE: list[Argument] = [1, 3, AT_MS, "deleted", "request", "", "", 0, "", ""]
 
 
 async def drive_tasks(session: Session) -> None:
@@ -258,7 +258,9 @@ async def drive_index(session: Session) -> None:
     assert await session.call("mend_session", hashes, [*mend[:3], 4, *mend[4:]]) == "changed"
     assert await session.call("mend_session", hashes, mend) == "ok"
     assert await session.call("mend_session", hashes, mend) == "ok"
-    assert await session.call("delete_session", hashes, [*DELETE[:-1], "1"]) == "spared"
+    assert await session.call("delete_session", hashes, [*DELETE[:-2], "1", ""]) == "spared"
+    assert await session.call("delete_session", hashes, [*DELETE[:-1], "u"]) == "spared"
+    assert await session.call("delist_user", entries, ["u", f"000{AT_MS}:s"]) == "ok"
     assert await session.call("delete_session", hashes, DELETE) == "ok"
     await session.gateway.command("DEL", *await session.gateway.command("KEYS", keys.index("*")))
 

@@ -21,6 +21,8 @@ from app.onboarding.files import FileKind
 from app.onboarding.generation import ProgressEvent
 from app.onboarding.sessions import Owner
 from app.onboarding.tasks import TASK_RULES
+from app.services.audit import make_audit_trail
+from app.services.retention import make_retention_service
 from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
 from app.store.connect import make_subscription
@@ -276,6 +278,29 @@ async def test_tasks_and_the_lists_that_they_stand_in(topology: Topology) -> Non
         assert await tasks.remove_session(task_id) == (task_id in {"t0", "t2", "t4"})
     assert topology.list_keys() == set()
     assert (await tasks.list_sessions())["total_sessions"] == 0
+
+
+async def test_a_user_is_erased_and_the_record_of_it_stays(topology: Topology) -> None:
+    tasks = TaskService(topology.gateway, TASK_RULES)
+    retention = make_retention_service(topology.gateway, tasks, topology.settings)
+    trail = make_audit_trail(topology.gateway)
+    trail.start()
+    other = await topology.manager.create_session(user_id="u2")
+    for _ in range(5):
+        await topology.manager.create_session(user_id="u1")
+        await tasks.create_task("scenario_generation", "s1", user_id="u1")
+    # On a Cluster the index follows.
+    await topology.gateway.aclose()
+
+    erased = await retention.erase_user("u1")
+    trail.record("machine:ops", "erase_user", None, "ok", refused=False)
+    trail.record("machine:ops", "get_session", other, "forbidden", refused=True)
+    record = (await trail.list_events())["events"]
+    await trail.aclose()
+    assert (erased["removed"], erased["tasks_removed"], erased["more"]) == (5, 5, False)
+    assert [event["action"] for event in record] == ["erase_user", "get_session"]
+    left = {key.split(":")[1].strip("{}") for key in topology.list_keys()}
+    assert left == {other}
 
 
 class TestCreateWithAnIdempotencyKey:

@@ -6,7 +6,7 @@
 --       3 the caller's time in Unix ms, 4 type and 5 reason of what the feed says,
 --       6 statuses it may have as '|complete|error|' ('' = any),
 --       7 field of a time in Unix ms ('' = none), 8 the latest that this may be,
---       9 '1' = spare answers that were never exported
+--       9 '1' = spare answers that were never exported, 10 the user whose it must be ('' = anybody's)
 --
 -- Returns {'ok'}, {'not_found'}, {'spared'} when it is not, or cannot be told
 --
@@ -43,6 +43,15 @@ if ARGV[6] ~= '' or ARGV[7] ~= '' or ARGV[9] == '1' then
         return {'spared'}
       end
     end
+  end
+end
+
+if ARGV[10] ~= '' then
+  local user = redis.pcall('HGET', KEYS[1], 'user_id')
+  local is_of_nobody = not user and redis.call('EXISTS', KEYS[1]) == 1
+  -- Metadata that are damaged or lost do not say that it is somebody else's.
+  if is_of_nobody or (type(user) == 'string' and user ~= ARGV[10]) then
+    return {'spared'}
   end
 end
 
