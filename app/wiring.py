@@ -16,6 +16,7 @@ from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_m
 from app.services.retention import RetentionService, make_retention_service
 from app.services.stats import StatsService, make_stats_service
 from app.services.tasks import TaskService
+from app.services.tokens import TokenService
 from app.settings import Settings
 from app.store.connect import connect, make_probe, make_subscription
 from app.store.gateway import Gateway
@@ -33,6 +34,7 @@ class Services:
     events: EventService
     files: FileService
     tasks: TaskService
+    tokens: TokenService
     retention: RetentionService
     stats: StatsService
     assistant: AssistantService
@@ -97,6 +99,7 @@ def build_services(settings: Settings) -> Services:
         events=EventService(gateway, subscription, limits),
         files=files,
         tasks=tasks,
+        tokens=TokenService(gateway),
         retention=make_retention_service(gateway, tasks, settings),
         stats=make_stats_service(gateway, settings),
         assistant=make_assistant(gateway, settings),

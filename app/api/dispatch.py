@@ -36,6 +36,7 @@ from app.onboarding.documents import Document
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import is_public_id
 from app.onboarding.tasks import check_short_id, is_task_id
+from app.onboarding.tokens import check_token_id
 from app.settings import Settings
 from app.wiring import AppState
 
@@ -83,6 +84,7 @@ def _check_task(task_id: str) -> None:
 _CHECKS: Mapping[str, Callable[[str], None]] = {
     "task_id": _check_task,
     "short_id": check_short_id,
+    "token_id": check_token_id,
 }
 """What is asked of further parameters of a path, by their names."""
 

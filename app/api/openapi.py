@@ -80,6 +80,8 @@ def codes_of(operation: Operation) -> list[str]:
         codes.append("invalid_step_id")
     if "{task_id}" in operation.path:
         codes.append("task_not_found")
+    if "{token_id}" in operation.path:
+        codes.append("resume_token_not_found")
     if "{short_id}" in operation.path or "{user_id}" in operation.path:
         codes.append("invalid_request")
     if operation.preconditions:
@@ -194,8 +196,8 @@ _DESCRIPTION = """\
 A session holds the answers of an onboarding wizard. Save steps one by one or several at once, keep
 drafts beside them, finalize to freeze them into an export. A generator reads the export, reports
 its progress and stores its result; whoever follows the session's events sees all of it live. Who
-is stuck in a step asks a question. Tasks stand beside the sessions: they say what is going on with
-a short.
+is stuck in a step asks a question; who goes on elsewhere takes a resume token along. Tasks stand
+beside the sessions: they say what is going on with a short.
 
 Errors are `application/problem+json`. Every answer carries `X-Request-ID`. A write that may have to
 be sent again takes an `Idempotency-Key`; a change that must not overwrite another takes `If-Match`.
@@ -222,6 +224,7 @@ _PARAMETERS: dict[str, Any] = {
     "task_id": _parameter("task_id", "path", "The task", ID_PATTERN),
     "short_id": _parameter("short_id", "path", "The short that tasks belong to", ID_PATTERN),
     "user_id": _parameter("user_id", "path", "The user", r"^[^\x00-\x1f\x7f-\x9f]{1,128}$"),
+    "token_id": _parameter("token_id", "path", "The resume token: 16 hex digits", "^[0-9a-f]{16}$"),
     "If-Match": _parameter("If-Match", "header", "Change only this version of the step", _TAGS),
     "If-None-Match": _parameter(
         "If-None-Match", "header", "Reading: 304 if unchanged. Saving: `*` if not there yet", _TAGS

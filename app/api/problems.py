@@ -50,6 +50,7 @@ KINDS: dict[str, Kind] = {
     "result_not_found": Kind(404, "The session has no result"),
     "upload_not_found": Kind(404, "The session has no file"),
     "task_not_found": Kind(404, "No such task"),
+    "resume_token_not_found": Kind(404, "No such resume token"),
     "method_not_allowed": Kind(405, "The method is not allowed here"),
     "session_finalized": Kind(409, "The session is finalized"),
     "nothing_to_finalize": Kind(409, "There is nothing to finalize"),

@@ -21,6 +21,7 @@ from app.api import (
     stats,
     steps,
     tasks,
+    tokens,
 )
 from app.api.calls import Call
 from app.api.dispatch import Resource
@@ -54,6 +55,7 @@ OPERATIONS: list[Operation] = [
     *files.OPERATIONS,
     *assistant.OPERATIONS,
     *catalogue.OPERATIONS,
+    *tokens.OPERATIONS,
     *sessions.OPERATIONS,
     *tasks.OPERATIONS,
     *stats.OPERATIONS,

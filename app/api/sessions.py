@@ -1,4 +1,4 @@
-"""Sessions over HTTP: made, looked at, reopened, deleted."""
+"""Sessions over HTTP: made, found again, looked at, reopened, deleted."""
 
 from typing import Annotated, Any
 
@@ -7,7 +7,10 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
+from app.context import get_context
 from app.errors import InvalidRequestError
+from app.onboarding.access import ANYONE
+from app.onboarding.cursors import parse_limit
 from app.onboarding.sessions import (
     MAX_OWNER_LENGTH,
     DeletedSession,
@@ -15,6 +18,7 @@ from app.onboarding.sessions import (
     SessionView,
     check_owner,
 )
+from app.onboarding.stats import MAX_OWN_PAGE, OwnSessionPage
 
 _OWNER = StringConstraints(min_length=1, max_length=MAX_OWNER_LENGTH)
 _QUERY = ("workspace_id", "user_id", "language")
@@ -43,6 +47,22 @@ async def create_session(call: Call) -> Response:
     view = await call.manager.begin_session(owner, request=call.idempotent)
     location = f"/api/v1/onboarding/{view['session_id']}"
     return call.answer(view, 201, {"location": location})
+
+
+async def list_own_sessions(call: Call) -> Response:
+    """List the sessions of whoever asks, or of the user of the query."""
+    query = call.query
+    workspace_id, user_id = query.get("workspace_id"), query.get("user_id")
+    check_owner(workspace_id, user_id, "en", workspace_required=False)
+    context = get_context()
+    page = await call.services.stats.list_own_sessions(
+        (context and context.principal) or ANYONE,
+        user_id=user_id,
+        workspace_id=workspace_id,
+        cursor=query.get("cursor"),
+        limit=parse_limit(query.get("limit", str(MAX_OWN_PAGE)), MAX_OWN_PAGE),
+    )
+    return call.answer(page)
 
 
 async def get_session(call: Call) -> Response:
@@ -84,6 +104,31 @@ OPERATIONS = [
             )
         ],
         errors=["invalid_request", "capacity_reached"],
+    ),
+    Operation(
+        methods=["GET"],
+        path="/api/v1/onboarding/mine",
+        handler=list_own_sessions,
+        name="list_own_sessions",
+        summary="List the sessions of a user, newest first",
+        tag="Sessions",
+        query=[
+            ("user_id", {"type": "string"}, "Whose, where nobody has to say who they are"),
+            ("workspace_id", {"type": "string"}, "Only those of this workspace"),
+            ("cursor", {"type": "string"}, "`next_cursor` of the page before"),
+            (
+                "limit",
+                {
+                    "type": "integer",
+                    "minimum": 1,
+                    "maximum": MAX_OWN_PAGE,
+                    "default": MAX_OWN_PAGE,
+                },
+                "How many at most; a page may be shorter before the end",
+            ),
+        ],
+        answers=[Answer(description="A page", schema=OwnSessionPage)],
+        errors=["invalid_request"],
     ),
     Operation(
         methods=["GET"],

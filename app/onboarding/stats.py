@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 from app.clock import rfc3339
 from app.onboarding.progress import Progress
 from app.onboarding.retention import HOUR_MS, SessionFacts
-from app.onboarding.sessions import SessionStatus
+from app.onboarding.sessions import SessionStatus, State
 
 WARNING_PERCENT, CRITICAL_PERCENT = 70.0, 90.0
 """From which share of the capacity on the health is `warning`, is `critical`."""
@@ -18,6 +18,9 @@ AGE_BOUNDS_MS = (HOUR_MS, 6 * HOUR_MS, 24 * HOUR_MS)
 
 MAX_PAGE = 1000
 """Most sessions on a page of the list."""
+
+MAX_OWN_PAGE = 100
+"""Most sessions on a page of a user's own."""
 
 STUCK_SHOWN = 100
 """How many stuck sessions are named."""
@@ -40,6 +43,24 @@ class SessionPage(TypedDict):
     """A page of sessions, newest first; `next_cursor` is null at the end."""
 
     sessions: list[SessionRow]
+    next_cursor: str | None
+
+
+class OwnSessionRow(TypedDict):
+    """A session of a user; `progress` and `expires_at` are null when they cannot be read."""
+
+    session_id: str
+    workspace_id: str | None
+    status: str
+    progress: Progress | None
+    created_at: str
+    expires_at: str | None
+
+
+class OwnSessionPage(TypedDict):
+    """A page of a user's sessions, newest first; `next_cursor` is null at the end."""
+
+    sessions: list[OwnSessionRow]
     next_cursor: str | None
 
 
@@ -175,6 +196,18 @@ def view_row(
         last_activity=rfc3339(facts.activity_ms),
         age_hours=_hours(now_ms - facts.created_ms),
         progress=progress,
+    )
+
+
+def view_own_row(facts: SessionFacts, workspace: str, state: State | None) -> OwnSessionRow:
+    """Describe a session to the user whose it is; `state` is None when it cannot be read."""
+    return OwnSessionRow(
+        session_id=facts.session_id,
+        workspace_id=workspace or None,
+        status=facts.status.value if state is None else state.status,
+        progress=None if state is None else state.progress,
+        created_at=rfc3339(facts.created_ms),
+        expires_at=None if state is None else rfc3339(state.deadline_ms),
     )
 
 

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from app.clock import rfc3339
 from app.errors import Fault, InvalidRequestError, ResumeTokenNotFoundError
-from app.onboarding.sessions import SessionView, is_own_string, is_public_id
+from app.onboarding.sessions import SessionView, check_session_id, is_own_string, is_public_id
 
 SECRET_BYTES = 32
 """How much of a token is random."""
@@ -160,6 +160,13 @@ def check_token_id(token_id: str) -> None:
     """Raise `ResumeTokenNotFoundError` for what can be no id: it answers like an unknown one."""
     if not is_token_id(token_id):
         raise ResumeTokenNotFoundError
+
+
+def check_may_have_tokens(session_id: str) -> None:
+    """Raise `InvalidRequestError` for a session that tokens cannot name: its id is no UUID4."""
+    check_session_id(session_id)
+    if not is_public_id(session_id):
+        raise InvalidRequestError("Only a session whose session_id is a UUID4 has tokens")
 
 
 def check_resume_token(ttl_s: int, label: str | None) -> None:

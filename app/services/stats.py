@@ -1,19 +1,24 @@
-"""Sessions listed and counted, for operators."""
+"""Sessions listed and counted: all of them for operators, their own for users."""
 
 from functools import cache
 from typing import Any
 
 from app.clock import now_ms
+from app.errors import Fault, InvalidRequestError
+from app.onboarding.access import Principal, claim, is_theirs
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.cursors import check_limit, parse_cursor, write_cursor
-from app.onboarding.sessions import SessionStatus, parse_status
+from app.onboarding.sessions import Owner, SessionStatus, parse_status
 from app.onboarding.stats import (
+    MAX_OWN_PAGE,
     MAX_PAGE,
     CapacityHealth,
+    OwnSessionPage,
     SessionPage,
     SessionRow,
     StatsView,
     view_health,
+    view_own_row,
     view_row,
     view_stats,
 )
@@ -21,7 +26,7 @@ from app.services.standin import stand_in
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from app.store.stats import StatsStore
+from app.store.stats import Listed, StatsStore
 
 __all__ = [
     "StatsService",
@@ -71,7 +76,45 @@ class StatsService:
         )
         at_ms = now_ms()
         return SessionPage(
-            sessions=[view_row(*each, at_ms) for each in listed],
+            sessions=[
+                view_row(each.facts, each.workspace, each.user, each.progress, at_ms)
+                for each in listed
+            ],
+            next_cursor=write_cursor(place) if place else None,
+        )
+
+    async def list_own_sessions(
+        self,
+        principal: Principal,
+        *,
+        user_id: str | None = None,
+        workspace_id: str | None = None,
+        cursor: str | None = None,
+        limit: int = MAX_OWN_PAGE,
+    ) -> OwnSessionPage:
+        """List the sessions of a user, newest first, 1 to 100 a page.
+
+        A user sees their own, whatever `user_id` says, and those of no other workspace; anybody
+        else who may ask, those of `user_id`. For `cursor` see `list_sessions`. Raises
+        `InvalidRequestError`.
+        """
+        check_limit(limit, MAX_OWN_PAGE)
+        after = "" if cursor is None else parse_cursor(cursor)
+        owner = claim(principal, Owner(workspace_id, user_id, "en"))
+        if not owner.user_id:
+            fault = Fault(pointer="/user_id", code="required", detail="This is required")
+            raise InvalidRequestError("Say whose sessions: user_id", [fault])
+        if workspace_id is not None and workspace_id != owner.workspace_id:
+            return OwnSessionPage(sessions=[], next_cursor=None)
+        listed, place = await self._store.list_page(
+            after, limit, workspace=owner.workspace_id or "", user=owner.user_id, owned=True
+        )
+        return OwnSessionPage(
+            sessions=[
+                view_own_row(each.facts, each.workspace, each.state)
+                for each in listed
+                if _is_theirs(principal, each)
+            ],
             next_cursor=write_cursor(place) if place else None,
         )
 
@@ -137,6 +180,11 @@ def get_stats_service() -> StatsService:
     """
     settings = load_settings()
     return make_stats_service(connect(settings), settings)
+
+
+def _is_theirs(principal: Principal, listed: Listed) -> bool:
+    owner = Owner(listed.workspace or None, listed.user or None, "en")
+    return is_theirs(principal, listed.facts.session_id, owner)
 
 
 # What callers import from here by name, for a worker or a REPL.

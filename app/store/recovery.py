@@ -24,6 +24,7 @@ from app.store.sessions import (
     read_versions,
 )
 from app.store.steps import decode_draft, decode_step
+from app.store.tokens import read_tokens
 
 Parts = Mapping[str, tuple[bytes, Any]]
 """What stands under the keys of a session: its type and its value, by name without the id."""
@@ -125,6 +126,8 @@ def _is_whole(what: str, kind: bytes, value: Any) -> bool:
             return kind == b"string" and Export.read(value) is not None
         case "history":
             return kind == b"list" and all(_can_be_read(read_asked, "", text) for text in value)
+        case "tokens":
+            return kind == b"hash" and _can_be_read(read_tokens, "", _fields(value))
         case "result" | "upload":
             return kind == b"hash" and _can_be_read(read_info, "", value)
         case "events":

@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 from app.errors import CorruptRecordError, SessionNotFoundError, StoreError
 from app.onboarding.progress import Progress
 from app.onboarding.retention import STUCK_MS, SessionFacts
-from app.onboarding.sessions import SessionStatus
+from app.onboarding.sessions import SessionStatus, State
 from app.onboarding.stats import AGE_BOUNDS_MS, STUCK_SHOWN, Counts
 from app.store.faults import corrupt
 from app.store.gateway import Argument, Gateway, Reply
@@ -32,13 +32,34 @@ READ_AT_ONCE = 16
 class Listed(NamedTuple):
     """A session in the index; `workspace` and `user` are empty where it has none.
 
-    `progress` is None where it cannot be read.
+    `state` is None where it cannot be read.
     """
 
     facts: SessionFacts
     workspace: str
     user: str
-    progress: Progress | None = None
+    state: State | None = None
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the session is; None where that cannot be read."""
+        return None if self.state is None else self.state.progress
+
+
+class Owned(NamedTuple):
+    """Whose a session must say itself that it is; with an empty `workspace`, of any."""
+
+    workspace: str
+    user: str
+
+    def holds(self, owner: object) -> bool:
+        """Say whether the workspace and the user of a session's metadata are these."""
+        if not isinstance(owner, list):
+            return False
+        workspace, user = owner
+        return user == self.user.encode() and (
+            not self.workspace or workspace == self.workspace.encode()
+        )
 
 
 class Occupancy(NamedTuple):
@@ -108,12 +129,15 @@ class StatsStore:
         status: SessionStatus | None = None,
         workspace: str = "",
         user: str = "",
+        owned: bool = False,
     ) -> tuple[list[Listed], str]:
         """List sessions, newest first, after a place ("" = from the newest).
 
         Gives the place of the last one that was looked at, "" at the end. Where a filter leaves
-        few, a page may be shorter than `limit` although there are more. One round trip; another one
-        for each session that is not where the index has it, or where keys have hash tags.
+        few, a page may be shorter than `limit` although there are more. With `owned`, a session
+        must say itself that it is the user's, and of the workspace: the index is a hint. One round
+        trip; another one for each session that is not where the index has it, or where keys have
+        hash tags, there two with `owned`.
         """
         if user:
             sets = [f"user:{user}"]
@@ -131,36 +155,50 @@ class StatsStore:
         # Of this call: a semaphore belongs to the event loop that it was first waited for in.
         turn = asyncio.Semaphore(READ_AT_ONCE)
         read = partial(self._read_apart, turn) if self._keys.hash_tag else self._read_beside
-        listed = await asyncio.gather(*(read(row) for row in rows))
+        wanted = Owned(workspace, user) if owned else None
+        listed = await asyncio.gather(*(read(row, wanted) for row in rows))
         return [each for each in listed if each is not None], place.decode()
 
     async def repair(self, session_id: str) -> None:
         """Put a session where it belongs in the index, or take it out when it is gone."""
         await self._index.follow_all([session_id])
 
-    async def _read_beside(self, row: Sequence[Any]) -> Listed | None:
+    async def _read_beside(self, row: Sequence[Any], wanted: Owned | None) -> Listed | None:
         listed, values = _listed(row), row[7]
         key = self._keys.session(listed.facts.session_id).progress
         if isinstance(values, list) and not any(values):
             await self.repair(listed.facts.session_id)
             return None
+        if wanted is not None and not wanted.holds(row[8]):
+            return None
         with suppress(CorruptRecordError):
             if not isinstance(values, list):
                 raise corrupt(key)
-            listed = listed._replace(progress=read_state(key, values).progress)
+            listed = listed._replace(state=read_state(key, values))
         return listed
 
-    async def _read_apart(self, turn: asyncio.Semaphore, row: Sequence[Any]) -> Listed | None:
+    async def _read_apart(
+        self, turn: asyncio.Semaphore, row: Sequence[Any], wanted: Owned | None
+    ) -> Listed | None:
         listed = _listed(row)
+        session_id = listed.facts.session_id
         try:
             async with turn:
-                state = await self._sessions.get_state(listed.facts.session_id)
+                if wanted is not None and not wanted.holds(await self._read_owner(session_id)):
+                    return None
+                state = await self._sessions.get_state(session_id)
         except SessionNotFoundError:
-            await self.repair(listed.facts.session_id)
+            await self.repair(session_id)
             return None
         except CorruptRecordError:
             return listed
-        return listed._replace(progress=state.progress)
+        return listed._replace(state=state)
+
+    async def _read_owner(self, session_id: str) -> object:
+        key = self._keys.session(session_id).metadata
+        with suppress(CorruptRecordError):
+            return await self._gateway.command("HMGET", key, "workspace_id", "user_id")
+        return None
 
     async def used_memory(self) -> int | None:
         """Ask how much memory all nodes use, in bytes; None when the store will not say."""

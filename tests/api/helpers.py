@@ -39,6 +39,7 @@ STATUSES = {
     "result_not_found": 404,
     "upload_not_found": 404,
     "task_not_found": 404,
+    "resume_token_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
     "session_finalized": 409,
@@ -121,6 +122,9 @@ GET_RESULT = Call("GET", _SESSION + "/result")
 GET_UPLOAD = Call("GET", _SESSION + "/upload")
 ASK = Call("POST", _SESSION + "/ask", {"question": "What is a draft?"})
 GET_HISTORY = Call("GET", _SESSION + "/history")
+CREATE_TOKEN = Call("POST", _SESSION + "/resume-tokens", {"label": "a phone"})
+GET_TOKENS = Call("GET", _SESSION + "/resume-tokens")
+REVOKE_TOKEN = Call("DELETE", _SESSION + "/resume-tokens/0123456789abcdef")
 GET_SHORT_STATUS = Call("GET", "/api/status/{id}")
 DOWNLOAD = Call("GET", "/api/download/{id}")
 
@@ -135,12 +139,12 @@ SESSION_CALLS = [
     *(BATCH, GET_STEPS, GET_PROGRESS, GET_SUMMARY, FINALIZE, GET_EXPORT, REOPEN),
     *(GET_STATUS, SET_STATUS, ADD_EVENT, GET_EVENTS, GET_LANGUAGE, SET_LANGUAGE),
     *(PUT_RESULT, GET_RESULT, GET_UPLOAD, GET_SHORT_STATUS, DOWNLOAD),
-    *(ASK, GET_HISTORY),
+    *(ASK, GET_HISTORY, CREATE_TOKEN, GET_TOKENS, REVOKE_TOKEN),
     *(GET_SESSION, DELETE_SESSION),
 ]
 """The calls whose path names a session; the live stream, which does not end, aside."""
 
-BODY_CALLS = [SAVE, PUT, BATCH, PATCH, PUT_DRAFT, CREATE, FINALIZE, ASK]
+BODY_CALLS = [SAVE, PUT, BATCH, PATCH, PUT_DRAFT, CREATE, FINALIZE, ASK, CREATE_TOKEN]
 """The calls that take a body."""
 
 

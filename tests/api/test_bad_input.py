@@ -15,6 +15,7 @@ from tests.api.helpers import (
     BATCH,
     BODY_CALLS,
     CREATE,
+    CREATE_TOKEN,
     DELETE_STEP,
     FINALIZE,
     GET_DRAFT,
@@ -230,7 +231,9 @@ class Place(NamedTuple):
 
 def code_of(call: Call) -> str:
     """Give the code with which a call refuses what is JSON but not acceptable."""
-    return "invalid_request" if call in (CREATE, FINALIZE, ASK) else "invalid_step_data"
+    return (
+        "invalid_request" if call in (CREATE, FINALIZE, ASK, CREATE_TOKEN) else "invalid_step_data"
+    )
 
 
 PLACES = [

@@ -157,7 +157,8 @@ async def test_a_service_stops_in_the_middle_of_a_look_at_the_store(
 
 
 def documented(call: Call) -> tuple[str, str]:
-    return call.method.lower(), re.sub(r"/steps/\d+", "/steps/{n}", call.target)
+    target = re.sub(r"/resume-tokens/\w+", "/resume-tokens/{token_id}", call.target)
+    return call.method.lower(), re.sub(r"/steps/\d+", "/steps/{n}", target)
 
 
 @pytest.fixture

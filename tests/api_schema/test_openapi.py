@@ -21,6 +21,10 @@ STEP = SESSION + "/steps/{n}"
 STREAM = SESSION + "/events/stream"
 ASK_STREAM = SESSION + "/ask-stream"
 
+RESUME = f"{BASE}/resume"
+TOKENS = SESSION + "/resume-tokens"
+TOKEN = TOKENS + "/{token_id}"
+
 TASKS = "/api/v1/sessions"
 ADMIN = "/api/v1/admin"
 RECOVER = f"{ADMIN}/sessions/{{id}}/recover"
@@ -40,6 +44,11 @@ SAVE = STORE | BODY | NUMBER | {"session_finalized", "invalid_step_data"}
 # Every call that clients rely on, with the errors that they are told of.
 CONTRACT: dict[tuple[str, str], set[str]] = {
     ("POST", f"{BASE}/session"): STORE | BODY | KEY | {"invalid_request"},
+    ("GET", f"{BASE}/mine"): {"invalid_request", "store_unavailable"},
+    ("POST", RESUME): STORE | BODY | {"invalid_request", "resume_token_not_found"},
+    ("POST", TOKENS): STORE | BODY | PATH | {"invalid_request", "corrupt_record"},
+    ("GET", TOKENS): PATH | {"corrupt_record"},
+    ("DELETE", TOKEN): STORE | PATH | {"resume_token_not_found", "corrupt_record"},
     ("GET", SESSION): PATH,
     ("DELETE", SESSION): PATH | STORE,
     ("POST", STEP): SAVE | KEY | IF,
@@ -425,6 +434,7 @@ class Walker:
     def __init__(self, api: AsyncClient) -> None:
         self._api = api
         self.session_id = ""
+        self.token_id = ""
         self.seen: set[tuple[str, str, int]] = set()
 
     async def __call__(
@@ -434,6 +444,7 @@ class Walker:
         target = path.replace("{id}", self.session_id).replace("{n}", str(step))
         target = target.replace("{task_id}", "t1").replace("{short_id}", "s1")
         target = target.replace("{user_id}", "u1")
+        target = target.replace("{token_id}", self.token_id)
         response = await self._api.request(method, target, **request)
         assert response.status_code == status, response.text
         content = self._check(operations()[(method, path)], response)
@@ -557,6 +568,25 @@ async def walk_through_questions(walk: Walker) -> None:
     assert len(history["history"]) == 4
 
 
+async def walk_with_a_resume_token(walk: Walker) -> None:
+    """Hand a session over that is there, and list it."""
+    made = await walk("POST", TOKENS, 201, json={"ttl_s": 60, "label": "my phone"})
+    for _ in range(2):
+        await walk("POST", RESUME, 200, json={"token": made["token"]})
+    await walk("POST", TOKENS, 201)
+    await walk("POST", TOKENS, 422, json={"ttl_s": 59})
+    await walk("POST", TOKENS, 400, content=b"{", headers=JSON)
+    assert len((await walk("GET", TOKENS, 200))["resume_tokens"]) == 2
+    walk.token_id = made["token_id"]
+    await walk("DELETE", TOKEN, 200)
+    await walk("DELETE", TOKEN, 404)
+    await walk("POST", RESUME, 404, json={"token": made["token"]})
+    await walk("POST", RESUME, 422, json={})
+    mine = await walk("GET", f"{BASE}/mine", 200, params={"user_id": "u1", "workspace_id": "w1"})
+    assert [each["session_id"] for each in mine["sessions"]] == [walk.session_id]
+    await walk("GET", f"{BASE}/mine", 422)
+
+
 async def walk_through_tasks(walk: Walker) -> None:
     """Walk through the life of a task."""
     task = {"task_type": "scenario_generation", "short_id": "s1", "task_id": "t1", "user_id": "u"}
@@ -656,6 +686,7 @@ async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: Async
     await walk("GET", f"{SESSION}/summary", 200)
     await walk("GET", f"{SESSION}/progress", 200)
     await walk_through_questions(walk)
+    await walk_with_a_resume_token(walk)
 
     first = await walk("POST", f"{SESSION}/finalize", 200, headers={"idempotency-key": "k3"})
     assert first == await walk("POST", f"{SESSION}/finalize", 200, json={"force": True})

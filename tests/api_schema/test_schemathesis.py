@@ -124,6 +124,10 @@ class Service:
             self._request("PATCH", f"{TASKS}/task/{task_id}", {"status": "completed"})
         return task_id
 
+    def begin_handing_over(self, session_id: str) -> dict[str, Any]:
+        """Make a resume token of a session."""
+        return self._send("POST", f"/{session_id}/resume-tokens", None)
+
     def _send(self, method: str, path: str, body: Any) -> dict[str, Any]:
         return self._request(method, BASE + path, body)
 
@@ -157,10 +161,20 @@ def settle(case: Case[Any], service: Service) -> None:
         chosen = UUID(case.path_parameters["id"]).int if is_drawn(case) else 0
         step = int(number) if is_valid("n", number) else 1
         case.path_parameters["id"] = service.begin(STATES[chosen % len(STATES)], min(step, 23))
+    if case.path.endswith("/mine") and not case.query:
+        # Whose they are must be said, but only where nobody says who they are.
+        case.query = {"user_id": "u1"}
     task_id = str(case.path_parameters.get("task_id", ""))
     if is_valid("task_id", task_id):
         case.path_parameters["task_id"] = service.begin_task(task_id)
+    if is_valid("token_id", str(case.path_parameters.get("token_id"))) and is_valid(
+        "id", str(case.path_parameters["id"])
+    ):
+        made = service.begin_handing_over(case.path_parameters["id"])
+        case.path_parameters["token_id"] = made["token_id"]
     body = case.body if isinstance(case.body, dict) else {}
+    if isinstance(body.get("token"), str):
+        body["token"] = service.begin_handing_over(service.begin(set(), 1))["token"]
     task_type = body.get("task_type")
     if isinstance(task_type, str) and 1 <= len(task_type) <= MAX_ID_LENGTH:
         # No schema names the types, since a deployer adds to them.

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import time_machine
 from redis.asyncio import Redis
 
 from app.errors import InvalidRequestError
+from app.onboarding.access import ANYONE, Kind, Principal
 from app.onboarding.stats import median_of
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.services.stats import StatsService, get_stats_service, make_stats_service
@@ -316,3 +318,59 @@ async def test_with_hash_tags_the_funnel_is_exact_once_the_index_has_followed(
                 await asyncio.sleep(0.02)
     finally:
         await gateway.aclose()
+
+
+# --- One's own ------------------------------------------------------------------------------------
+
+ALICE = Principal(Kind.USER, "alice", "w1")
+
+
+async def begin_for(place: Place, user_id: str | None, workspace_id: str | None) -> str:
+    return await place.manager.create_session(user_id=user_id, workspace_id=workspace_id)
+
+
+async def own_ids(service: StatsService, principal: Principal, **query: Any) -> set[str]:
+    page = await service.list_own_sessions(principal, **query)
+    assert page["next_cursor"] is None
+    return {row["session_id"] for row in page["sessions"]}
+
+
+async def test_a_user_sees_their_own_sessions_whoever_they_ask_for(
+    service: StatsService, place: Place
+) -> None:
+    hers = {await begin_for(place, "alice", "w1") for _ in range(2)}
+    elsewhere = await begin_for(place, "alice", "w2")
+    for user_id, workspace_id in (("bob", "w1"), (None, "w1"), ("alice2", "w1")):
+        await begin_for(place, user_id, workspace_id)
+    for query in ({}, {"user_id": "bob"}, {"workspace_id": "w1"}):
+        assert await own_ids(service, ALICE, **query) == hers
+    assert await own_ids(service, ALICE, workspace_id="w2") == set()
+    assert await own_ids(service, replace(ALICE, workspace_id="w2")) == {elsewhere}
+
+
+async def test_a_user_of_no_workspace_sees_the_sessions_of_none(
+    service: StatsService, place: Place
+) -> None:
+    await begin_for(place, "alice", "w1")
+    own = await begin_for(place, "alice", None)
+    nowhere = replace(ALICE, workspace_id=None)
+    assert await own_ids(service, nowhere) == {own}
+    assert await own_ids(service, nowhere, workspace_id="w1") == set()
+
+
+async def test_where_nobody_says_who_they_are_the_question_says_whose(
+    service: StatsService, place: Place
+) -> None:
+    own = await begin_for(place, "alice", "w1")
+    other = await begin_for(place, "alice", None)
+    assert await own_ids(service, ANYONE, user_id="alice") == {own, other}
+    assert await own_ids(service, ANYONE, user_id="alice", workspace_id="w1") == {own}
+    for user_id in (None, ""):
+        with pytest.raises(InvalidRequestError):
+            await service.list_own_sessions(ANYONE, user_id=user_id, workspace_id="w1")
+
+
+@pytest.mark.parametrize("limit", [0, 101])
+async def test_a_page_of_ones_own_is_of_1_to_100(service: StatsService, limit: int) -> None:
+    with pytest.raises(InvalidRequestError):
+        await service.list_own_sessions(ALICE, limit=limit)

@@ -24,7 +24,7 @@ from app.store.events import EventStore
 from app.store.files import FileStore
 from app.store.gateway import Gateway
 from app.store.keys import SessionKeys
-from app.store.tokens import TokenStore
+from app.store.tokens import NewResumeToken, TokenStore
 from tests.conftest import QUICKLY
 
 Manager = OnboardingSessionManager
@@ -137,6 +137,9 @@ async def working_at(url: str, **overrides: Any) -> AsyncIterator[Place]:
         await gateway.aclose()
 
 
+TOKEN = NewResumeToken("0" * 16, "0a", lifetime_ms=60_000, label="a label")
+"""A resume token of which nobody knows the secret."""
+
 Call = Callable[[Place, str], Awaitable[Any]]
 """Does something with a session."""
 
@@ -182,6 +185,7 @@ WRITES = {
     "add_answer": Write(lambda p, s: p.add_answer(s), 0),
     "add_answer, of a finalized one": Write(lambda p, s: p.add_answer(s), 0, finalized=True),
     "add_session_token": Write(lambda p, s: p.tokens.add_session_token(s, "0b", at_ms=now_ms()), 0),
+    "create_resume_token": Write(lambda p, s: p.tokens.create(s, TOKEN, at_ms=now_ms()), 0),
     "store_result, of nothing": Write(lambda p, s: p.generation.store_result(s, b""), 1),
 }
 
@@ -201,6 +205,7 @@ READS: dict[str, Call] = {
     "get_progress_events": lambda p, s: p.generation.get_progress_events(s),
     "get_result": lambda p, s: p.generation.get_result(s),
     "list_asked": lambda p, s: p.questions.list_asked(s),
+    "list_open": lambda p, s: p.tokens.list_open(s),
     "list_after": lambda p, s: p.events.list_after(s, BEFORE_ALL, 10),
     "get_scene": lambda p, s: p.events.get_scene(s),
 }

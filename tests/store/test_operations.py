@@ -65,6 +65,9 @@ OPERATIONS = [
     Operation("record_recovery", args=[3, 0]),
     Operation("add_event", args=["a stage", 10, "a message", "id-1", ""]),
     Operation("add_session_token", args=["0b", 100]),
+    Operation("create_resume_token", args=["f0", "0c", 60_000, 20, 100, 60_000, "a label"]),
+    Operation("use_resume_token", args=["f0", "0c", "0d", 60_000, 100]),
+    Operation("revoke_resume_token", args=["f0"]),
     Operation("add_answer", ["history"], ['{"question":"a"}', 5, 10]),
     Operation(
         "store_body", ["result"], ["result_stored", "", 4, "transfer", "t", "parts", 0, "size", 0]

@@ -178,6 +178,8 @@ STORE: list[Argument] = ["result_stored", "", 4, "transfer", "t", "parts", 1, "s
 PROCESS: list[Argument] = ["processing", "|pending|error|complete|", "", "run", "status", "percent"]
 REPORT: list[Argument] = ["stage", 10, "message", "id-1", ""]
 LET_IN: list[Argument] = ["0b", 100]
+HAND_OVER: list[Argument] = ["f0", "0c", 60_000, 1, 100, 60_000, ""]
+RESUME: list[Argument] = ["f0", "0c", "0d", 60_000, 100]
 ASKED: list[Argument] = ['{"question":"a"}', 5, 10]
 UPDATE: list[Argument] = ["", "", "", "", 2, "user_id", "u"]
 ROOM: list[Argument] = [0, "refuse"]
@@ -289,6 +291,29 @@ async def drive_audit(session: Session) -> None:
     assert await session.gateway.command("DEL", *keys) == 3
 
 
+async def drive_tokens(session: Session) -> None:
+    """Hand a session over that is there: every script about tokens, every word."""
+    tokens = [*session.keys[:2], session.keys.tokens]
+    assert await session.change("add_session_token", args=LET_IN) == "ok"
+    assert await session.change("use_resume_token", args=RESUME) == "resume_token_not_found"
+    assert await session.change("revoke_resume_token", args=["f0"]) == "resume_token_not_found"
+    assert await session.change("create_resume_token", args=HAND_OVER) == "ok"
+    assert await session.change("create_resume_token", args=["f1", *HAND_OVER[1:]]) == "too_many"
+    other: list[Argument] = ["f0", "0e", *RESUME[2:]]
+    assert await session.change("use_resume_token", args=other) == "resume_token_not_found"
+    assert await session.change("use_resume_token", args=RESUME) == "ok"
+    assert await session.change("use_resume_token", args=RESUME) == "ok"
+    assert await session.call("read_tokens", tokens, []) == "ok"
+    assert await session.change("revoke_resume_token", args=["f0"]) == "ok"
+    await session.gateway.command("HSET", session.keys.tokens, "resume:f0", "x")
+    assert await session.change("create_resume_token", args=HAND_OVER) == "damaged"
+    assert await session.change("use_resume_token", args=RESUME) == "damaged"
+    assert await session.change("revoke_resume_token", args=["f0"]) == "damaged"
+    await session.gateway.command("SET", session.keys.tokens, "x")
+    assert await session.change("add_session_token", args=LET_IN) == "damaged"
+    await session.gateway.command("DEL", session.keys.tokens)
+
+
 async def drive_room(session: Session) -> None:
     """Make a session where there is room for none but one of its name."""
     index = session.gateway.keys.index
@@ -325,6 +350,9 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
         ("store_body", BODY, STORE),
         ("add_answer", ["history"], ASKED),
         ("add_session_token", [], LET_IN),
+        ("create_resume_token", [], HAND_OVER),
+        ("use_resume_token", [], RESUME),
+        ("revoke_resume_token", [], ["f0"]),
     ]
     for name, keys, args in calls:
         assert await session.change(name, keys, args) == "not_found"
@@ -339,6 +367,8 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.call("read_body", body, []) == "not_found"
     history = [*hashes, session.keys.history]
     assert await session.call("read_history", history, []) == "not_found"
+    tokens = [*hashes, session.keys.tokens]
+    assert await session.call("read_tokens", tokens, []) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "not_found"
     assert await session.call("delete_session", list(session.keys[:4]), [2, *DELETE[1:]]) == "ok"
     with_file = [*session.create()[:7], 2, "parts", 1, *session.create()[8:]]
@@ -384,7 +414,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     assert await session.change("record_recovery", args=[1, 0]) == "ok"
     assert await session.change("add_answer", ["history"], ASKED) == "ok"
     assert await session.call("read_history", history, []) == "ok"
-    assert await session.change("add_session_token", args=LET_IN) == "ok"
+    await drive_tokens(session)
     await gateway.command("HSET", progress, "request_count", "x")
     assert await session.change("add_answer", ["history"], ASKED) == "damaged"
     await gateway.command("HDEL", progress, "request_count")
@@ -481,6 +511,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     await gateway.command("RENAME", progress, f"{progress}-away")
     assert await session.call("read_events", [*hashes, events], ["0-0", 0, 0]) == "damaged"
     assert await session.call("read_history", history, []) == "damaged"
+    assert await session.call("read_tokens", tokens, []) == "damaged"
     await gateway.command("RENAME", f"{progress}-away", progress)
     assert await session.call("delete_session", list(session.keys[:4]), DELETE) == "ok"
     assert await gateway.command("KEYS", f"{session.keys.prefix}*") == []

@@ -21,9 +21,11 @@ from app.onboarding.files import FileKind
 from app.onboarding.generation import ProgressEvent
 from app.onboarding.sessions import Owner
 from app.onboarding.tasks import TASK_RULES
+from app.onboarding.tokens import digest_of
 from app.services.audit import make_audit_trail
 from app.services.retention import make_retention_service
 from app.services.tasks import TaskService
+from app.services.tokens import TokenService
 from app.settings import Settings, load_settings
 from app.store.connect import make_subscription
 from app.store.jobs import JobStore
@@ -200,6 +202,24 @@ async def test_a_session_lies_in_one_slot_where_keys_are_tagged(topology: Topolo
     assert all(key.startswith(prefix) for key in keys)
     if topology.tagged:
         assert len({key_slot(key.encode()) for key in keys}) == 1
+
+
+async def test_a_session_that_is_handed_over(topology: Topology) -> None:
+    place, service = topology.place, TokenService(topology.place.gateway)
+    session_id = await place.manager.create_session(workspace_id="w")
+    made = await service.create_resume_token(session_id)
+    _, session_token = await service.resume(made["token"])
+    assert await place.tokens.is_session_token(session_id, digest_of(session_token))
+    tokens = place.gateway.keys.session(session_id).tokens
+    assert tokens in topology.list_keys()
+    if topology.tagged:
+        assert len({key_slot(key.encode()) for key in topology.list_keys()}) == 1
+    deadlines = topology.deadlines_ms()
+    assert len({deadlines[key] for key in topology.list_keys()}) == 1
+    await service.revoke_resume_token(session_id, made["token_id"])
+    assert not await place.tokens.is_session_token(session_id, digest_of(session_token))
+    await place.manager.delete_session(session_id)
+    assert topology.list_keys() == set()
 
 
 async def test_a_session_that_begins_with_a_file(topology: Topology) -> None:

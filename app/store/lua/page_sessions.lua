@@ -1,5 +1,6 @@
 -- include room.lua
--- List a page of sessions, the newest first, with what is kept of their progress beside the index.
+-- List a page of sessions, the newest first, with what is kept of their progress beside the index, and
+-- whose each says itself that it is.
 --
 -- KEYS  1 entries
 -- ARGV  1 place after which to go on ('' = from the newest), 2 how many to list at most, 3 how many
@@ -9,7 +10,8 @@
 --
 -- Returns {'ok', place of the last one looked at ('' = there are no more), {session, created in Unix
 --          ms, class, end of the generation in Unix ms or '', last activity in Unix ms, workspace,
---          user, {value, ...} of the progress or 'damaged'}, ...}
+--          user, {value, ...} of the progress or 'damaged', {workspace, user} of the metadata or
+--          'damaged'}, ...}
 --
 -- Safe to send twice: it reads.
 
@@ -39,10 +41,12 @@ for i, moment in ipairs(moments) do
   if (ARGV[4] == '' or string.find(ARGV[4], '|' .. status .. '|', 1, true))
     and (ARGV[5] == '' or facts[6] == ARGV[5]) and (ARGV[6] == '' or facts[7] == ARGV[6])
     and tonumber(redis.call('ZSCORE', DEADLINES, id) or 0) > now_ms then
-    facts[8] = {}
+    facts[8], facts[9] = {}, {}
     if ARGV[7] ~= '' then
       local found = redis.pcall('HMGET', ARGV[7] .. id .. ':progress', unpack(ARGV, 9, last_field))
       facts[8] = found.err and 'damaged' or found
+      local owner = redis.pcall('HMGET', ARGV[7] .. id .. ':metadata', 'workspace_id', 'user_id')
+      facts[9] = owner.err and 'damaged' or owner
     end
     reply[#reply + 1] = facts
   end

@@ -4,8 +4,8 @@
 -- KEYS  as session.lua has them
 -- ARGV  as session.lua has them
 --
--- Returns nothing: it gives `tokens`, field and value of each, nil where they are damaged, and
--- `add_session_token`.
+-- Returns nothing: it gives `tokens`, field and value of each, nil where they are damaged,
+-- `add_session_token`, and what reads and writes the record of a resume token.
 --
 -- Safe to send twice: it reads, and defines.
 --
@@ -13,6 +13,9 @@
 -- there, only the SHA-256 of each:
 --   seed              what the maker of the session keeps there of its first session token
 --   session:<digest>  when a session token was made, in Unix ms
+--   resume:<id>       a resume token: its digest, when it was made, when its time is over, when it was
+--                     used first (0 = not yet), all in Unix ms, the digest of the session token that it
+--                     gave ('-' = none yet), its label
 
 local found = redis.pcall('HGETALL', TOKENS)
 local tokens = not found.err and {} or nil
@@ -39,5 +42,27 @@ local function add_session_token(digest, most)
   for i = 1, #others - most + 1 do
     redis.call('HDEL', TOKENS, others[i].field)
   end
+end
+
+-- Read the record of a resume token; nil for what is none.
+local function parse_resume_token(text)
+  local digest, made, ends, used, gave, label =
+    string.match(text, '^(%x+) (%d+) (%d+) (%d+) (%S+) (.*)$')
+  return digest and {digest = digest, made = made, ends_ms = tonumber(ends),
+    used_ms = tonumber(used), gave = gave, label = label}
+end
+
+local function keep_resume_token(id, token)
+  redis.call('HSET', TOKENS, 'resume:' .. id, table.concat({token.digest, token.made,
+    whole(token.ends_ms), whole(token.used_ms), token.gave, token.label}, ' '))
+  redis.call('PEXPIREAT', TOKENS, deadline)
+end
+
+-- Whether a token may be used: once, and for `repeat_ms` after that again.
+local function is_open(token, repeat_ms)
+  if token.used_ms == 0 then
+    return token.ends_ms > now_ms
+  end
+  return now_ms - token.used_ms <= repeat_ms
 end
 
