@@ -36,6 +36,10 @@ Questions about the wizard are answered by an agent (`onboarding/assistant`), ou
 it is made for one question and runs in a task of its own, so that it is closed whatever becomes of
 the request. Ours looks answers up in the help texts (`onboarding/guide`).
 
+What a caller may ask for is kept in buckets of tokens in the store, one for each caller and limit.
+A process takes some at a time and spends them (`services/limits`), since a command for every
+request would cost as much as the request.
+
 A feature has the same file name in every ring it lives in (`ls app/*/steps.*`); the manager has all
 of them, because callers know one class by that name. The JSON that is kept exactly is a rule of its
 own (`onboarding/documents`), because HTTP and Python callers are held to the same one; `address`

@@ -4,7 +4,7 @@ import os
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from app.onboarding.access import Principal
+from app.onboarding.access import NOBODY, Principal
 from app.onboarding.assistant import Agent
 
 
@@ -28,7 +28,7 @@ class RequestContext:
     request_id: str
     deadline_s: float
     meter: Meter = field(default_factory=Meter)
-    principal: Principal | None = None
+    principal: Principal = NOBODY
     session_id: str | None = None
     agent: Agent | None = None
 

@@ -143,6 +143,10 @@ class SessionNotFoundError(SessionManagerError, AbsentError):
         super().__init__("There is no such session: it was never made, has expired, or was deleted")
 
 
+class NotTheirsError(SessionNotFoundError):
+    """The session is somebody else's; who asks is told what is said of an unknown one."""
+
+
 class StepNotFoundError(AbsentError):
     """The step has no saved answers."""
 

@@ -52,6 +52,8 @@ def add_context(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     }
     if context is not None:
         line["request_id"] = context.request_id
+        if context.session_id is not None:
+            line["session_id"] = context.session_id
     return {**line, **event}
 
 

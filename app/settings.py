@@ -291,7 +291,8 @@ class Settings(BaseSettings):
     max_concurrent_asks: int = Field(10, ge=1, le=10_000)
     asks_per_second: int = Field(50, ge=1, le=MOST_ASKS)
 
-    # How much a caller may ask for.
+    # How much is served at once, and how much a caller may ask for.
+    max_in_flight: int = Field(256, ge=1)
     rate_limit: Ceiling = Limit(600, 60)
     create_limit: Ceiling = Limit(60, 60)
     miss_limit: Ceiling = Limit(60, 60)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import structlog
 from typing_extensions import TypedDict
 
+from app.services.access import AccessService, make_access_service
 from app.services.assistant import AssistantService, make_assistant
 from app.services.audit import AuditTrail, make_audit_trail
 from app.services.background import Repeated
@@ -12,6 +13,7 @@ from app.services.events import EventService, StreamLimits
 from app.services.files import FileService, make_file_service
 from app.services.generation import GenerationService
 from app.services.health import HealthMonitor
+from app.services.limits import InFlight, Limiter, make_limiter
 from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_manager
 from app.services.retention import RetentionService, make_retention_service
 from app.services.stats import StatsService, make_stats_service
@@ -39,6 +41,9 @@ class Services:
     stats: StatsService
     assistant: AssistantService
     audit: AuditTrail
+    access: AccessService
+    limiter: Limiter
+    in_flight: InFlight
     health: HealthMonitor
     learning: Repeated
     gateway: Gateway
@@ -53,6 +58,7 @@ class Services:
             # It may come later: the process serves, says that it is down, and heals.
             log.warning("store_missed_at_start")
         self.audit.start()
+        await self.access.start()
         self.learning.start()
         await self.retention.start()
 
@@ -69,6 +75,7 @@ class Services:
         await self.audit.aclose()
         await self.subscription.aclose()
         await self.health.aclose()
+        await self.access.aclose()
         await self.assistant.aclose()
         await self.files.aclose()
         await self.gateway.aclose()
@@ -99,11 +106,14 @@ def build_services(settings: Settings) -> Services:
         events=EventService(gateway, subscription, limits),
         files=files,
         tasks=tasks,
-        tokens=TokenService(gateway),
+        tokens=TokenService(gateway, manager),
         retention=make_retention_service(gateway, tasks, settings),
         stats=make_stats_service(gateway, settings),
         assistant=make_assistant(gateway, settings),
         audit=make_audit_trail(gateway),
+        access=make_access_service(gateway, settings),
+        limiter=make_limiter(gateway, settings),
+        in_flight=InFlight(settings.max_in_flight),
         health=HealthMonitor(make_probe(settings), gateway),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,

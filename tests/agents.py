@@ -7,6 +7,7 @@ gate, `silent` never, and so on (see `Rehearsed.ask`). The book tells what becam
 import asyncio
 from collections.abc import AsyncIterator
 
+from app.context import get_context
 from app.onboarding.assistant import AgentContext, Chunk, Result, Said, Stage
 
 NO_FUNCTION = 1
@@ -46,8 +47,9 @@ def new_book() -> Book:
 class Rehearsed:
     """Does what the question says."""
 
-    def __init__(self, kept: Book) -> None:
+    def __init__(self, kept: Book, session_id: str) -> None:
         self._book = kept
+        self._session_id = session_id
 
     async def ask(self, question: str) -> AsyncIterator[Said]:
         self._book.begun += 1
@@ -79,6 +81,14 @@ class Rehearsed:
                 raise asyncio.CancelledError
             case "no result":
                 return
+            case "who asks":
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                context = get_context()
+                assert context is not None
+                is_own = context.agent is self and context.session_id == self._session_id
+                yield Result(f"{context.principal} {context.request_id} {is_own}", 0.9)
+                return
             case "unknown":
                 yield Result(None, 0.1)
                 return
@@ -102,7 +112,7 @@ class RehearsedFactory:
         if context.session_id == "refused":
             raise RuntimeError("a secret of the factory")
         book.contexts.append(context)
-        return Rehearsed(book)
+        return Rehearsed(book, context.session_id)
 
 
 MADE: list[RehearsedFactory] = []

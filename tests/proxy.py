@@ -8,13 +8,18 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from app.store.scripts import load_script
 from tests.servers import HOST
+
+RECORDING = load_script("add_audit").sha.encode()
+"""What every writing of the record holds."""
 
 
 class Proxy:
     """Forward `port` to `target_port`; every fault ends with the `async with` block.
 
-    `commands` counts the commands that clients sent by their first word in upper case, as they
+    `commands` counts the commands that clients sent by their first word in upper case (what is
+    written behind the requests, the record of who did what, as AUDIT), as they
     arrive here, held ones too. `tls` is what clients meet; the way to the server is plain.
     """
 
@@ -119,7 +124,7 @@ class Proxy:
     ) -> None:
         async for frame in _frames(reader):
             name = _command_name(frame)
-            self.commands[name] += 1
+            self.commands["AUDIT" if RECORDING in frame else name] += 1
             if not name.endswith("SUBSCRIBE"):  # answered by push messages, not by a reply
                 asked.append(name)
             await self._flowing.wait()

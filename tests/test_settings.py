@@ -272,6 +272,13 @@ VARIABLES = [
         ["0", "-1", *NOT_A_NUMBER],
     ),
     Variable(
+        "ONBOARDING_MAX_IN_FLIGHT",
+        "max_in_flight",
+        256,
+        {"1": 1, "1000": 1000},
+        ["0", "-1", *NOT_AN_INTEGER],
+    ),
+    Variable(
         "ONBOARDING_MAX_STREAMS",
         "max_streams",
         5000,

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, ConfigDict, StringConstraints
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -14,6 +15,7 @@ from app.api.operations import Answer, Body, Operation
 from app.api.problems import describe
 from app.api.streaming import BEAT, EVENT_STREAM, Outlet, write_event
 from app.errors import OnboardingError
+from app.onboarding.access import Access
 from app.onboarding.assistant import (
     MAX_QUESTION_LENGTH,
     QUESTION_PATTERN,
@@ -38,10 +40,9 @@ class AskQuestion(BaseModel):
     question: Annotated[str, _QUESTION]
 
 
-async def ask_question(call: Call) -> Response:
+async def ask_question(call: Call) -> "AwaitedAnswer":
     """Answer a question."""
-    asked = call.parse(AskQuestion)
-    return call.answer(await call.services.assistant.ask(call.session_id, asked.question))
+    return AwaitedAnswer(call, call.parse(AskQuestion).question)
 
 
 async def stream_answer(call: Call) -> "AnswerStream":
@@ -55,6 +56,31 @@ async def get_history(call: Call) -> Response:
     """List the last questions with their answers."""
     history = await call.services.assistant.get_history(call.session_id)
     return call.answer(HistoryView(history=history))
+
+
+class AwaitedAnswer:
+    """An answer that is worked on as long as its client waits for it."""
+
+    def __init__(self, call: Call, question: str) -> None:
+        self._call = call
+        self._question = question
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask, and send the answer. Raises what asking raises, and `ClientDisconnect`."""
+        assistant, session_id = self._call.services.assistant, self._call.session_id
+        asking = asyncio.create_task(assistant.ask(session_id, self._question))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait([asking, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                raise ClientDisconnect
+            response = self._call.answer(asking.result())
+        finally:
+            leaving.cancel()
+            asking.cancel()
+            # Its agent is closed before anything else is done.
+            await asyncio.wait([asking])
+        await response(scope, receive, send)
 
 
 class AnswerStream:
@@ -99,10 +125,14 @@ class AnswerStream:
             await outlet.write(_write("bye", {"type": "bye", "reason": "stopping"}))
 
     async def _leave(self, receive: Receive) -> None:
-        """Wait until the client goes away."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _left(receive)
         self._answering.leave()
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _write(kind: str, data: object) -> bytes:
@@ -127,6 +157,7 @@ OPERATIONS = [
         path=_SESSION + "/ask",
         handler=ask_question,
         name="ask_question",
+        access=Access.EDIT,
         summary="Ask a question about the wizard",
         tag="Questions",
         body=Body(schema=AskQuestion),
@@ -138,6 +169,8 @@ OPERATIONS = [
         path=_SESSION + "/ask-stream",
         handler=stream_answer,
         name="stream_answer",
+        access=Access.EDIT,
+        streams=True,
         summary="Ask a question, and read along while it is answered",
         tag="Questions",
         body=Body(schema=AskQuestion),
@@ -156,6 +189,7 @@ OPERATIONS = [
         path=_SESSION + "/history",
         handler=get_history,
         name="get_history",
+        access=Access.EDIT,
         summary="List the last 10 questions with their answers, oldest first",
         tag="Questions",
         answers=[Answer(description="The questions", schema=HistoryView)],

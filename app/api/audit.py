@@ -4,6 +4,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
+from app.onboarding.access import Access
 from app.onboarding.audit import MAX_AUDITED, USUAL_AUDITED, AuditList
 from app.onboarding.cursors import parse_limit
 
@@ -21,6 +22,7 @@ OPERATIONS = [
         path="/api/v1/admin/audit",
         handler=get_audit,
         name="get_audit",
+        access=Access.OPERATE,
         summary="Read who did what, and who was refused what, oldest first",
         tag="Operators",
         query=[

@@ -14,6 +14,7 @@ from starlette.types import Scope
 from app.api.headers import EntityTags
 from app.api.streaming import Content
 from app.errors import Fault, InvalidRequestError, InvalidStepDataError
+from app.onboarding.access import Principal
 from app.onboarding.documents import Document, json_pointer
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.steps import Precondition
@@ -25,7 +26,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One checked request.
+    """One checked request of somebody who may send it.
 
     `session_id`, `step_id`, `body` (JSON) and `content` (anything, as it comes) are those that the
     operation has; `parameters` are all those of the path, checked, by their names.
@@ -33,6 +34,7 @@ class Call:
 
     scope: Scope
     services: Services
+    principal: Principal
     session_id: str
     step_id: int
     if_match: EntityTags | None
@@ -46,6 +48,12 @@ class Call:
     def headers(self) -> Headers:
         """The request's headers."""
         return Headers(scope=self.scope)
+
+    @property
+    def credential(self) -> bytes:
+        """What was shown to say who sends the request."""
+        shown = self.headers.get("authorization") or self.headers.get("x-api-key") or ""
+        return shown.encode("latin-1")
 
     @property
     def manager(self) -> OnboardingSessionManager:

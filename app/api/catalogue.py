@@ -4,6 +4,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
+from app.onboarding.access import Access
 from app.onboarding.catalogue import CatalogueView
 
 
@@ -18,6 +19,7 @@ OPERATIONS = [
         path="/api/v1/onboarding/steps",
         handler=get_catalogue,
         name="get_catalogue",
+        access=Access.ANY,
         summary="Show the steps that new sessions begin with",
         tag="Steps",
         answers=[Answer(description="The catalogue", schema=CatalogueView)],

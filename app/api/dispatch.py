@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from app.api.access import AccessMiddleware
 from app.api.calls import Call
 from app.api.headers import (
     check_codings,
@@ -21,9 +22,10 @@ from app.api.headers import (
     parse_entity_tags,
     parse_idempotency_key,
 )
-from app.api.middleware import QUIET, ROUTE, SESSION_ID
+from app.api.middleware import QUIET, ROUTE
 from app.api.operations import Body, Operation, Stream
 from app.api.streaming import Content, too_large
+from app.context import get_context
 from app.errors import (
     Fault,
     InvalidRequestError,
@@ -31,6 +33,7 @@ from app.errors import (
     SessionNotFoundError,
     TaskNotFoundError,
 )
+from app.onboarding.access import NOBODY
 from app.onboarding.catalogue import parse_step_id
 from app.onboarding.documents import Document
 from app.onboarding.idempotency import IdempotentRequest
@@ -49,29 +52,46 @@ PARSED_AT_ONCE = 16 * 1024
 
 
 class Resource:
-    """One path: an ASGI application that checks a request and hands it to its operation."""
+    """One path: an ASGI application that hands a request to the operation of its method."""
 
     def __init__(self, path: str, operations: Mapping[str, Operation]) -> None:
         """Take the operations of a path by their methods."""
         self.path = path
-        self._operations = dict(operations)
+        self.endpoints = {
+            method: AccessMiddleware(Endpoint(operation), operation)
+            for method, operation in operations.items()
+        }
         if "GET" in operations:
-            self._operations["HEAD"] = operations["GET"]
-        self._allow = ", ".join(sorted(self._operations))
+            self.endpoints["HEAD"] = self.endpoints["GET"]
+        self._allow = ", ".join(sorted(self.endpoints))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request. Raises what the operation and the checks raise."""
+        """Serve one request. Raises what its endpoint raises."""
         scope[ROUTE] = self.path
-        operation = self._operations.get(scope["method"])
+        endpoint = self.endpoints.get(scope["method"])
         parameters = scope["path_params"].values()
         if scope["path"].endswith("\n") and not any(each.endswith("\n") for each in parameters):
             # The router's `$` matches before a final newline, which would alias every path.
             raise HTTPException(404)
-        if operation is None:
+        if endpoint is None:
             raise HTTPException(405, headers={"Allow": self._allow})
-        if operation.quiet:
+        await endpoint(scope, receive, send)
+
+
+class Endpoint:
+    """One operation: an ASGI application that checks a request and hands it to the handler."""
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. Raises what the checks and the handler raise."""
+        if self._operation.quiet:
             scope[QUIET] = True
-        response = await operation.handler(await _check(operation, scope, receive))
+        call = await _check(self._operation, scope, receive)
+        if call.session_id:
+            await call.services.access.check_session(call.principal, call.session_id)
+        response = await self._operation.handler(call)
         await response(scope, receive, send)
 
 
@@ -110,11 +130,11 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     state = cast("AppState", scope["state"])
     services, settings = state["services"], state["settings"]
     parameters: dict[str, str] = {**scope["path_params"]}
+    context = get_context()
+    principal = NOBODY if context is None else context.principal
     session_id, step_id = parameters.get("id", ""), 0
-    if session_id:
-        if not is_public_id(session_id):
-            raise SessionNotFoundError
-        scope[SESSION_ID] = session_id
+    if session_id and not is_public_id(session_id):
+        raise SessionNotFoundError
     if "n" in parameters:
         step_id = parse_step_id(parameters["n"])
         services.manager.check_known_step(step_id)
@@ -150,7 +170,7 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     idempotent = None
     if key is not None:
         idempotent = IdempotentRequest.of(
-            caller="",
+            caller=principal.identity,
             method=scope["method"],
             path=scope["path"],
             key=key,
@@ -160,6 +180,7 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     return Call(
         scope,
         services,
+        principal,
         session_id,
         step_id,
         if_match,

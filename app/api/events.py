@@ -12,6 +12,7 @@ from app.api.calls import Call
 from app.api.operations import Answer, Operation
 from app.api.streaming import BEAT, EVENT_STREAM, Outlet, write_event
 from app.clock import monotonic_s
+from app.onboarding.access import Access
 from app.onboarding.cursors import parse_limit
 from app.onboarding.events import EVENT_TYPES, MAX_EVENTS, EventList
 from app.services.events import Follower, Message
@@ -114,6 +115,7 @@ OPERATIONS = [
         path=_EVENTS,
         handler=list_events,
         name="list_events",
+        access=Access.FOLLOW,
         summary="Read what happened, oldest first",
         tag="Events",
         query=[
@@ -133,6 +135,8 @@ OPERATIONS = [
         path=_EVENTS + "/stream",
         handler=stream_events,
         name="stream_events",
+        access=Access.FOLLOW,
+        streams=True,
         summary="Follow what happens live, beginning with how the session is now",
         tag="Events",
         headers=["Last-Event-ID"],

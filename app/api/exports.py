@@ -6,6 +6,7 @@ from starlette.responses import Response
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
 from app.errors import ExportNotFoundError
+from app.onboarding.access import Access
 from app.onboarding.exports import ExportView, FinalizeView
 
 
@@ -43,6 +44,8 @@ OPERATIONS = [
         path="/api/v1/onboarding/{id}/finalize",
         handler=finalize,
         name="finalize",
+        access=Access.EDIT,
+        audited=True,
         summary="Lock the steps and freeze them into an export",
         tag="Finalize",
         body=Body(schema=Finalize, required=False),
@@ -64,6 +67,8 @@ OPERATIONS = [
         path="/api/v1/onboarding/{id}/export",
         handler=get_export,
         name="get_export",
+        access=Access.FOLLOW,
+        audited=True,
         summary="Read the latest export",
         tag="Finalize",
         preconditions=["If-None-Match"],

@@ -14,9 +14,11 @@ from app.api.operations import Answer, Operation, Stream
 from app.api.streaming import Content, Outlet
 from app.api.uploads import FORM_BYTES, UploadForm
 from app.errors import AbsentError, ResultNotFoundError, StoreError, UploadNotFoundError
+from app.onboarding.access import ANYONE, Access, claim
 from app.onboarding.files import FileKind, FileView, UploadedView, clean_filename
 from app.onboarding.generation import check_run
-from app.services.files import OpenedFile
+from app.services.files import NOBODYS, OpenedFile
+from app.services.tokens import draw_first_token
 
 
 @dataclass(slots=True)
@@ -35,7 +37,9 @@ class ResultBody:
 async def upload(call: Call) -> Response:
     """Make a session with a file."""
     form = UploadForm(call.headers.get("content-type"), call.incoming())
-    view = await call.services.files.begin_session(form)
+    first = None if call.principal is ANYONE else draw_first_token(call.credential)
+    owner = claim(call.principal, NOBODYS)
+    view = await call.services.files.begin_session(form, owner=owner, first=first)
     location = f"/api/v1/onboarding/{view['session_id']}"
     return call.answer(view, 201, {"location": location})
 
@@ -119,6 +123,8 @@ def _downloads(path: str, name: str, summary: str, handler: Any, error: str) -> 
         path=path,
         handler=handler,
         name=name,
+        access=Access.FOLLOW,
+        audited=name != "get_upload",
         summary=summary,
         tag="Files",
         preconditions=["If-None-Match"],
@@ -149,6 +155,8 @@ OPERATIONS = [
         path=_SESSION + "/result",
         handler=put_result,
         name="put_result",
+        access=Access.REPORT,
+        audited=True,
         summary="Store what was generated, instead of what was before",
         tag="Files",
         body=Stream(limit="result", schema=_ANYTHING, required=False),
@@ -178,6 +186,7 @@ OPERATIONS = [
         path="/api/upload",
         handler=upload,
         name="upload",
+        access=Access.CREATE,
         summary="Begin a session with a file",
         tag="Files",
         body=Stream(

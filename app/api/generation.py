@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
+from app.onboarding.access import Access
 from app.onboarding.generation import (
     MAX_MESSAGE_LENGTH,
     MAX_STAGE_LENGTH,
@@ -126,6 +127,7 @@ OPERATIONS = [
         path=_SESSION + "/events",
         handler=add_event,
         name="add_event",
+        access=Access.REPORT,
         summary="Report progress",
         tag="Generation",
         body=Body(schema=AddEvent),
@@ -150,6 +152,7 @@ OPERATIONS = [
         path=_SESSION + "/status",
         handler=get_status,
         name="get_status",
+        access=Access.FOLLOW,
         summary="Say how far the generation is",
         tag="Generation",
         answers=[Answer(description="The status", schema=StatusView)],
@@ -160,6 +163,7 @@ OPERATIONS = [
         path=_SESSION + "/status",
         handler=set_status,
         name="set_status",
+        access=Access.REPORT,
         summary="Set the status of the generation",
         tag="Generation",
         body=Body(schema=SetStatus),
@@ -174,6 +178,7 @@ OPERATIONS = [
         path=_SESSION + "/language",
         handler=get_language,
         name="get_language",
+        access=Access.FOLLOW,
         summary="Say in which language the session is answered",
         tag="Generation",
         answers=[Answer(description="The language", schema=LanguageView)],
@@ -184,6 +189,7 @@ OPERATIONS = [
         path=_SESSION + "/language",
         handler=set_language,
         name="set_language",
+        access=Access.EDIT,
         summary="Set the language that the session is answered in",
         tag="Generation",
         body=Body(schema=SetLanguage),
@@ -198,6 +204,7 @@ OPERATIONS = [
         path="/api/status/{id}",
         handler=get_short_status,
         name="get_short_status",
+        access=Access.FOLLOW,
         summary="Say how far the generation is, in four members",
         tag="Generation",
         answers=[Answer(description="The status", schema=ShortStatusView)],

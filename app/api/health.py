@@ -4,6 +4,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Handler, Operation
+from app.onboarding.access import Access
 from app.services.health import HealthReport
 
 
@@ -30,6 +31,7 @@ def _probe(path: str, name: str, summary: str, handler: Handler) -> Operation:
         path=path,
         handler=handler,
         name=name,
+        access=Access.OPEN,
         summary=summary,
         tag="Health",
         quiet=True,
@@ -46,6 +48,7 @@ OPERATIONS = [
         path="/livez",
         handler=get_liveness,
         name="get_liveness",
+        access=Access.OPEN,
         summary="Say that the process runs; touches nothing",
         tag="Health",
         quiet=True,

@@ -24,8 +24,8 @@ log = structlog.get_logger()
 ROUTE = "onboarding.route"
 """Where in the scope the dispatcher leaves the template of the route."""
 
-SESSION_ID = "onboarding.session_id"
-"""Where it leaves the id of the session, once it is known to be one."""
+HEADERS = "onboarding.headers"
+"""Where whoever looks at a request leaves headers for its answer, whatever that will be."""
 
 QUIET = "onboarding.quiet"
 """Where it says that no line is to be logged: for probes, which ask every second."""
@@ -66,6 +66,7 @@ class RequestMiddleware:
                 status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer["x-request-id"] = request_id
+                answer.update(scope.get(HEADERS, {}))
                 if waits_for_leave and not read:
                     # Whether the body still comes is open: what comes next may be it, or not.
                     answer["connection"] = "close"
@@ -78,7 +79,7 @@ class RequestMiddleware:
             status = CLIENT_CLOSED
         finally:
             if QUIET not in scope:
-                known = SESSION_ID in scope
+                known = get_context() or context
                 log.info(
                     "request_served",
                     method=scope["method"],
@@ -87,7 +88,7 @@ class RequestMiddleware:
                     duration_ms=round((monotonic_s() - begun_s) * 1000, 2),
                     redis_commands=context.meter.commands,
                     retries=context.meter.retries,
-                    **({"session_id": scope[SESSION_ID]} if known else {}),
+                    principal=known.principal.label,
                 )
             reset_context(token)
 
@@ -143,10 +144,11 @@ class ExactCORSMiddleware:
             allow_headers=[
                 *("Content-Type", "If-Match", "If-None-Match", "Idempotency-Key"),
                 *("X-Request-ID", "Authorization", "Last-Event-ID", "Content-Disposition"),
+                "X-API-Key",
             ],
             expose_headers=[
                 *("ETag", "Location", "Retry-After", "X-Request-ID", "Idempotent-Replayed"),
-                "Content-Disposition",
+                *("Content-Disposition", "WWW-Authenticate", "RateLimit", "RateLimit-Policy"),
             ],
         )
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp
 
 from app.api.calls import Call
+from app.onboarding.access import Access
 
 Handler: TypeAlias = Callable[[Call], Awaitable[ASGIApp]]
 """Does what a call asks for and gives the answer, which knows how to send itself."""
@@ -60,14 +61,18 @@ class Operation:
     """One call: its path, what it takes, what it does, how it can end.
 
     `{id}` in the path is a session, `{n}` a step; both are checked before the handler runs, and
-    their errors need not be listed in `errors`. `query` describes further parameters by name,
-    `headers` names headers that the operation reads itself.
+    their errors need not be listed in `errors`. `access` is what is asked of the caller. `query`
+    describes further parameters by name, `headers` names headers that the operation reads itself.
+
+    A `quiet` one has no line in the log: probes. One that `streams` lasts as long as its caller
+    listens. What is `audited` stays on record.
     """
 
     methods: Sequence[str]
     path: str
     handler: Handler
     name: str
+    access: Access
     summary: str
     tag: str
     answers: Sequence[Answer]
@@ -78,3 +83,5 @@ class Operation:
     preconditions: Sequence[Literal["If-Match", "If-None-Match"]] = ()
     idempotency_key: bool = False
     quiet: bool = False
+    streams: bool = False
+    audited: bool = False

@@ -19,6 +19,7 @@ from app.errors import (
     RateLimitedError,
     RequestError,
     StepsMissingError,
+    UnauthenticatedError,
     VersionConflictError,
 )
 
@@ -42,6 +43,8 @@ KINDS: dict[str, Kind] = {
     "malformed_json": Kind(400, "The body is not JSON"),
     "invalid_header": Kind(400, "A header cannot be read"),
     "invalid_idempotency_key": Kind(400, "The Idempotency-Key cannot be read"),
+    "unauthenticated": Kind(401, "Who asks is not known"),
+    "forbidden": Kind(403, "Who asks may not do this"),
     "not_found": Kind(404, "There is nothing here"),
     "session_not_found": Kind(404, "No such session"),
     "step_not_found": Kind(404, "The step is not saved"),
@@ -117,9 +120,14 @@ def describe(scope: Scope, error: OnboardingError) -> Response:
         members["current_version"] = error.current_version
     if isinstance(error, StepsMissingError):
         members["missing"] = error.missing
+    headers = None
     if isinstance(error, RateLimitedError):
-        members["headers"] = {"retry-after": str(error.retry_after_s)}
-    return _problem_here(scope, error.code, error.detail, **members)
+        headers = {"retry-after": str(error.retry_after_s)}
+    if isinstance(error, UnauthenticatedError):
+        # RFC 6750 section 3: what was shown is called wrong only when something was.
+        invalid = ', error="invalid_token"' if error.is_invalid else ""
+        headers = {"www-authenticate": f'Bearer realm="onboarding"{invalid}'}
+    return _problem_here(scope, error.code, error.detail, headers=headers, **members)
 
 
 async def describe_http_exception(request: Request, error: Exception) -> Response:

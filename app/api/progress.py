@@ -4,6 +4,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
+from app.onboarding.access import Access
 from app.onboarding.sessions import ProgressView, SummaryView
 
 
@@ -23,6 +24,7 @@ OPERATIONS = [
         path="/api/v1/onboarding/{id}/progress",
         handler=get_progress,
         name="get_progress",
+        access=Access.EDIT,
         summary="Say how far a session is",
         tag="Progress",
         answers=[Answer(description="The progress", schema=ProgressView)],
@@ -33,6 +35,7 @@ OPERATIONS = [
         path="/api/v1/onboarding/{id}/summary",
         handler=get_summary,
         name="get_summary",
+        access=Access.EDIT,
         summary="Show a session at a glance, without its answers",
         tag="Progress",
         answers=[Answer(description="The summary", schema=SummaryView)],

@@ -9,6 +9,7 @@ from app.api.calls import Call
 from app.api.generation import LanguageTag
 from app.api.operations import Answer, Body, Operation
 from app.errors import Fault, InvalidRequestError
+from app.onboarding.access import Access
 from app.onboarding.recovery import RecoveryView
 from app.onboarding.retention import (
     LONGEST_AGE_HOURS,
@@ -133,6 +134,8 @@ OPERATIONS = [
         path=_ADMIN + "/cleanup",
         handler=clean_up,
         name="clean_up",
+        access=Access.OPERATE,
+        audited=True,
         summary="Remove sessions, those with answers that were never exported too",
         tag="Operators",
         body=Body(schema=Cleanup),
@@ -144,6 +147,8 @@ OPERATIONS = [
         path=_ADMIN + "/sessions/bulk",
         handler=change_sessions,
         name="change_sessions",
+        access=Access.OPERATE,
+        audited=True,
         summary="Make the same change to several sessions, each by itself",
         tag="Operators",
         body=Body(schema=BulkChange),
@@ -155,6 +160,8 @@ OPERATIONS = [
         path=_ADMIN + "/sessions/{id}/recover",
         handler=recover_session,
         name="recover_session",
+        access=Access.OPERATE,
+        audited=True,
         summary="Keep what can be read of a damaged session, and drop the rest",
         tag="Operators",
         answers=[Answer(description="What is left", schema=RecoveryView)],
@@ -165,6 +172,8 @@ OPERATIONS = [
         path=_ADMIN + "/users/{user_id}",
         handler=erase_user,
         name="erase_user",
+        access=Access.OPERATE,
+        audited=True,
         summary="Remove the sessions and tasks of a user, up to 1,000 of each",
         tag="Operators",
         answers=[Answer(description="What was removed", schema=ErasureView)],
@@ -174,6 +183,7 @@ OPERATIONS = [
         path=_ADMIN + "/config",
         handler=get_config,
         name="get_config",
+        access=Access.OPERATE,
         summary="Show what all processes share",
         tag="Operators",
         answers=[Answer(description="What holds", schema=ConfigView)],
@@ -183,6 +193,8 @@ OPERATIONS = [
         path=_ADMIN + "/config",
         handler=set_config,
         name="set_config",
+        access=Access.OPERATE,
+        audited=True,
         summary="Set what all processes share, at once",
         tag="Operators",
         body=Body(schema=Config),

@@ -28,6 +28,7 @@ from app.api.dispatch import Resource
 from app.api.documentation import render_documentation
 from app.api.openapi import OPENAPI_PATH, describe_operations
 from app.api.operations import Answer, Operation
+from app.onboarding.access import Access
 
 
 async def get_openapi(_: Call) -> Response:
@@ -67,6 +68,7 @@ OPERATIONS: list[Operation] = [
         path=OPENAPI_PATH,
         handler=get_openapi,
         name="get_openapi",
+        access=Access.OPEN,
         summary="Describe the interface to programs",
         tag="Documentation",
         answers=[Answer(description="OpenAPI 3.1", schema={"type": "object"})],
@@ -76,6 +78,7 @@ OPERATIONS: list[Operation] = [
         path="/docs",
         handler=get_documentation,
         name="get_documentation",
+        access=Access.OPEN,
         summary="Describe the interface to people",
         tag="Documentation",
         answers=[Answer(description="A page", schema={"type": "string"}, media_type="text/html")],

@@ -7,13 +7,13 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
-from app.context import get_context
 from app.errors import InvalidRequestError
-from app.onboarding.access import ANYONE
+from app.onboarding.access import ANYONE, Access, claim
 from app.onboarding.cursors import parse_limit
 from app.onboarding.sessions import (
     MAX_OWNER_LENGTH,
     DeletedSession,
+    NewSessionView,
     Owner,
     SessionView,
     check_owner,
@@ -39,12 +39,18 @@ async def create_session(call: Call) -> Response:
     """Make a session; what the body lacks is taken from the query."""
     query = {name: value for name, value in call.query.items() if name in _QUERY}
     wanted = call.parse(CreateSession, query)
-    check_owner(wanted.workspace_id, wanted.user_id, wanted.language, workspace_required=True)
     custom = b"{}"
     if wanted.metadata is not None and call.body is not None:
         custom = call.body.part("metadata", InvalidRequestError).text
-    owner = Owner(wanted.workspace_id, wanted.user_id, wanted.language, custom)
-    view = await call.manager.begin_session(owner, request=call.idempotent)
+    asked = Owner(wanted.workspace_id, wanted.user_id, wanted.language, custom)
+    owner = claim(call.principal, asked)
+    check_owner(owner.workspace_id, owner.user_id, owner.language, workspace_required=True)
+    if call.principal is ANYONE:
+        view: SessionView = await call.manager.begin_session(owner, request=call.idempotent)
+    else:
+        view = await call.services.tokens.begin_session(
+            owner, credential=call.credential, request=call.idempotent
+        )
     location = f"/api/v1/onboarding/{view['session_id']}"
     return call.answer(view, 201, {"location": location})
 
@@ -54,9 +60,8 @@ async def list_own_sessions(call: Call) -> Response:
     query = call.query
     workspace_id, user_id = query.get("workspace_id"), query.get("user_id")
     check_owner(workspace_id, user_id, "en", workspace_required=False)
-    context = get_context()
     page = await call.services.stats.list_own_sessions(
-        (context and context.principal) or ANYONE,
+        call.principal,
         user_id=user_id,
         workspace_id=workspace_id,
         cursor=query.get("cursor"),
@@ -86,6 +91,7 @@ OPERATIONS = [
         path="/api/v1/onboarding/session",
         handler=create_session,
         name="create_session",
+        access=Access.CREATE,
         summary="Begin a session",
         tag="Sessions",
         body=Body(schema=CreateSession, required=False),
@@ -99,7 +105,7 @@ OPERATIONS = [
             Answer(
                 status=201,
                 description="The session",
-                schema=SessionView,
+                schema=NewSessionView,
                 headers=["Location", "Idempotent-Replayed"],
             )
         ],
@@ -110,6 +116,7 @@ OPERATIONS = [
         path="/api/v1/onboarding/mine",
         handler=list_own_sessions,
         name="list_own_sessions",
+        access=Access.OWN,
         summary="List the sessions of a user, newest first",
         tag="Sessions",
         query=[
@@ -135,6 +142,7 @@ OPERATIONS = [
         path="/api/v1/onboarding/{id}",
         handler=get_session,
         name="get_session",
+        access=Access.EDIT,
         summary="Show a session",
         tag="Sessions",
         answers=[Answer(description="The session", schema=SessionView)],
@@ -145,6 +153,8 @@ OPERATIONS = [
         path="/api/v1/onboarding/{id}",
         handler=delete_session,
         name="delete_session",
+        access=Access.EDIT,
+        audited=True,
         summary="Delete a session with all its answers",
         tag="Sessions",
         answers=[Answer(description="It is gone", schema=DeletedSession)],
@@ -154,6 +164,8 @@ OPERATIONS = [
         path="/api/v1/onboarding/{id}/reopen",
         handler=reopen_session,
         name="reopen_session",
+        access=Access.EDIT,
+        audited=True,
         summary="Unlock the steps of a finalized session; its export stays readable",
         tag="Finalize",
         idempotency_key=True,

@@ -4,6 +4,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
+from app.onboarding.access import Access
 from app.onboarding.cursors import parse_limit
 from app.onboarding.sessions import SessionStatus, check_owner
 from app.onboarding.stats import MAX_PAGE, CapacityHealth, SessionPage, StatsView
@@ -42,6 +43,7 @@ OPERATIONS = [
         path=_ADMIN + "/sessions",
         handler=list_sessions,
         name="list_sessions",
+        access=Access.OPERATE,
         summary="List sessions, newest first",
         tag="Operators",
         query=[
@@ -67,6 +69,7 @@ OPERATIONS = [
         path=_ADMIN + "/stats",
         handler=get_stats,
         name="get_stats",
+        access=Access.OPERATE,
         summary="Count the sessions, their ages, and where people stop",
         tag="Operators",
         answers=[Answer(description="The statistics", schema=StatsView)],
@@ -76,6 +79,7 @@ OPERATIONS = [
         path=_ADMIN + "/health",
         handler=get_capacity_health,
         name="get_capacity_health",
+        access=Access.OPERATE,
         summary="Judge how full it is, and name the sessions that are stuck",
         tag="Operators",
         answers=[Answer(description="The health of the whole", schema=CapacityHealth)],

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
 from app.errors import DraftNotFoundError, InvalidStepDataError, StepNotFoundError
+from app.onboarding.access import Access
 from app.onboarding.catalogue import parse_step_id
 from app.onboarding.documents import Document
 from app.onboarding.steps import DeletedStep, DroppedDraft, SavedStep, SavedSteps, StepView
@@ -139,6 +140,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}",
         handler=save_step,
         name="save_step",
+        access=Access.EDIT,
         summary="Save the answers of a step",
         tag="Steps",
         body=_SAVE,
@@ -152,6 +154,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}",
         handler=get_step,
         name="get_step",
+        access=Access.EDIT,
         summary="Read a saved step",
         tag="Steps",
         preconditions=["If-None-Match"],
@@ -166,6 +169,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}",
         handler=patch_step,
         name="patch_step",
+        access=Access.EDIT,
         summary="Change some answers of a saved step by a JSON merge patch",
         tag="Steps",
         body=Body(limit="step", schema={"type": "object"}, patch=True),
@@ -179,6 +183,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}",
         handler=delete_step,
         name="delete_step",
+        access=Access.EDIT,
         summary="Delete a saved step; its version goes on counting",
         tag="Steps",
         preconditions=["If-Match"],
@@ -193,6 +198,7 @@ OPERATIONS = [
         path=_BASE + "/steps",
         handler=save_steps,
         name="save_steps",
+        access=Access.EDIT,
         summary="Save several steps, all or none",
         tag="Steps",
         body=Body(
@@ -219,6 +225,7 @@ OPERATIONS = [
         path=_BASE + "/steps",
         handler=list_steps,
         name="list_steps",
+        access=Access.EDIT,
         summary="Read every saved step",
         tag="Steps",
         answers=[
@@ -245,6 +252,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}/draft",
         handler=save_draft,
         name="save_draft",
+        access=Access.EDIT,
         summary="Keep what is being typed; it is no progress and not checked by the schema",
         tag="Drafts",
         body=Body(
@@ -264,6 +272,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}/draft",
         handler=get_draft,
         name="get_draft",
+        access=Access.EDIT,
         summary="Read a draft",
         tag="Drafts",
         answers=[Answer(description="The draft", schema=StepView)],
@@ -274,6 +283,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}/draft",
         handler=delete_draft,
         name="delete_draft",
+        access=Access.EDIT,
         summary="Drop a draft",
         tag="Drafts",
         answers=[Answer(description="Dropped", schema=DroppedDraft)],
@@ -284,6 +294,7 @@ OPERATIONS = [
         path=_BASE + "/steps/{n}/draft/promote",
         handler=promote_draft,
         name="promote_draft",
+        access=Access.EDIT,
         summary="Save a draft as the step",
         tag="Drafts",
         preconditions=["If-Match", "If-None-Match"],

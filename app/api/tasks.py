@@ -8,6 +8,7 @@ from starlette.responses import Response
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
 from app.errors import TaskNotFoundError
+from app.onboarding.access import Access
 from app.onboarding.cursors import parse_limit
 from app.onboarding.sessions import MAX_OWNER_LENGTH
 from app.onboarding.tasks import (
@@ -135,6 +136,7 @@ OPERATIONS = [
         path=_BASE + "/task",
         handler=create_task,
         name="create_task",
+        access=Access.TASKS,
         summary="Begin a task",
         tag="Tasks",
         body=Body(schema=CreateTask),
@@ -152,6 +154,7 @@ OPERATIONS = [
         path=_TASK,
         handler=get_task,
         name="get_task",
+        access=Access.TASKS,
         summary="Show a task",
         tag="Tasks",
         answers=[Answer(description="The task", schema=TaskView)],
@@ -162,6 +165,7 @@ OPERATIONS = [
         path=_TASK,
         handler=set_task_status,
         name="set_task_status",
+        access=Access.TASKS,
         summary="Say how a task is; one that ends is removed, unless its type is kept",
         tag="Tasks",
         body=Body(schema=SetTaskStatus),
@@ -173,6 +177,7 @@ OPERATIONS = [
         path=_TASK,
         handler=delete_task,
         name="delete_task",
+        access=Access.TASKS,
         summary="Remove a task, whatever its status",
         tag="Tasks",
         answers=[Answer(description="It is gone", schema=RemovedTask)],
@@ -183,6 +188,7 @@ OPERATIONS = [
         path=_BASE,
         handler=list_tasks,
         name="list_tasks",
+        access=Access.TASKS,
         summary="List tasks, newest first",
         tag="Tasks",
         query=[
@@ -198,6 +204,7 @@ OPERATIONS = [
         path=_SHORT,
         handler=list_short_tasks,
         name="list_short_tasks",
+        access=Access.TASKS,
         summary="List the tasks of a short, newest first, 1,000 at most",
         tag="Tasks",
         query=[
@@ -217,6 +224,7 @@ OPERATIONS = [
         path=_SHORT + "/scenario-saved",
         handler=release_scenarios,
         name="release_scenarios",
+        access=Access.TASKS,
         summary="Remove the scenario tasks of a short, whatever their status",
         tag="Tasks",
         answers=[Answer(description="How many there were", schema=ReleasedTasks)],

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
+from app.onboarding.access import Access
 from app.onboarding.tokens import (
     DEFAULT_TTL_S,
     MAX_LABEL_LENGTH,
@@ -74,6 +75,8 @@ OPERATIONS = [
         path="/api/v1/onboarding/resume",
         handler=resume_session,
         name="resume_session",
+        access=Access.OPEN,
+        audited=True,
         summary="Take a session up with a resume token, once; within a minute the same again",
         tag="Resume",
         body=Body(schema=UseResumeToken),
@@ -87,6 +90,8 @@ OPERATIONS = [
         path=_TOKENS,
         handler=create_resume_token,
         name="create_resume_token",
+        access=Access.EDIT,
+        audited=True,
         summary="Make a token with which the session is taken up elsewhere, once",
         tag="Resume",
         body=Body(schema=CreateResumeToken, required=False),
@@ -100,6 +105,7 @@ OPERATIONS = [
         path=_TOKENS,
         handler=list_resume_tokens,
         name="list_resume_tokens",
+        access=Access.EDIT,
         summary="List the resume tokens whose time is not over, newest first",
         tag="Resume",
         answers=[Answer(description="What can be told of them", schema=ResumeTokenList)],
@@ -110,6 +116,8 @@ OPERATIONS = [
         path=_TOKENS + "/{token_id}",
         handler=revoke_resume_token,
         name="revoke_resume_token",
+        access=Access.EDIT,
+        audited=True,
         summary="Revoke a resume token, and the session token that it gave",
         tag="Resume",
         answers=[Answer(description="It is revoked", schema=RevokedResumeToken)],

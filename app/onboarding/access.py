@@ -15,6 +15,9 @@ from app.onboarding.sessions import Owner
 class Kind(StrEnum):
     """What somebody is, by what they showed."""
 
+    NOBODY = "nobody"
+    """Who showed nothing, or was not asked to."""
+
     ANYONE = "anyone"
     """Nobody in particular, who may do everything: access control is off."""
 
@@ -50,10 +53,23 @@ class Principal:
     scopes: frozenset[Scope] = frozenset()
 
     def __str__(self) -> str:
-        """Name them where what happened is kept: `machine:bcm`."""
+        """Name them where it is kept who did something: `machine:bcm`."""
         return f"{self.kind}:{self.name}" if self.name else self.kind.value
 
+    @property
+    def label(self) -> str:
+        """Name them where no person is named, such as in the log."""
+        return str(self) if self.kind is Kind.MACHINE else self.kind.value
 
+    @property
+    def identity(self) -> str:
+        """Tell them from everybody else; empty for who is not told from others."""
+        if not self.name:
+            return ""
+        return f"{self}\n{self.workspace_id}" if self.kind is Kind.USER else str(self)
+
+
+NOBODY = Principal(Kind.NOBODY)
 ANYONE = Principal(Kind.ANYONE)
 
 
@@ -105,14 +121,12 @@ class Access(Enum):
     """Everything at once, by operators."""
 
 
-def check_access(access: Access, principal: Principal | None) -> None:
+def check_access(access: Access, principal: Principal) -> None:
     """Raise `UnauthenticatedError` for nobody, `ForbiddenError` for somebody who may not."""
-    if access is Access.OPEN:
+    if access is Access.OPEN or principal.kind is Kind.ANYONE:
         return
-    if principal is None:
+    if principal.kind is Kind.NOBODY:
         raise UnauthenticatedError
-    if principal.kind is Kind.ANYONE:
-        return
     kinds, scopes = access.value
     if principal.kind in kinds or not scopes.isdisjoint(principal.scopes):
         return

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -42,10 +42,11 @@ class FileView(TypedDict):
 
 
 class UploadedView(TypedDict):
-    """A session that was made with a file."""
+    """A session that was made with a file; `session_token` opens it, with access control on."""
 
     session_id: str
     status: Literal["pending"]
+    session_token: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)

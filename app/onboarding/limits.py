@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -43,6 +44,7 @@ class Standing(NamedTuple):
     """
 
     policy: Policy
+    limit: Limit
     left: int
     reset_s: int
 
@@ -72,20 +74,20 @@ def parse_limit(text: str) -> Limit | None:
 # (RFC 9651). Its t is the time until there is more, not until all is there again.
 
 
-def describe_policy(policy: Policy, limit: Limit) -> str:
-    """Write a member of the field RateLimit-Policy: `"requests";q=600;w=60`."""
-    return f'"{policy}";q={limit.quota};w={limit.window_s}'
+def describe_policies(standings: Iterable[Standing]) -> str:
+    """Write the field RateLimit-Policy: `"requests";q=600;w=60`."""
+    return ", ".join(f'"{p}";q={limit.quota};w={limit.window_s}' for p, limit, _, _ in standings)
 
 
-def describe_left(policy: Policy, left: int, reset_s: int) -> str:
-    """Write a member of the field RateLimit: `"requests";r=597;t=1`."""
-    return f'"{policy}";r={left};t={reset_s}'
+def describe_standings(standings: Iterable[Standing]) -> str:
+    """Write the field RateLimit: `"requests";r=597;t=1`."""
+    return ", ".join(f'"{policy}";r={left};t={t}' for policy, _, left, t in standings)
 
 
-def describe_refusal(policy: Policy, retry_after_s: int) -> str:
+def describe_refusal(standing: Standing) -> str:
     """Say to a caller what there was too much of."""
-    unit = "second" if retry_after_s == 1 else "seconds"
-    return f"{_TOO_MUCH[policy]}; ask again in {retry_after_s} {unit}"
+    unit = "second" if standing.reset_s == 1 else "seconds"
+    return f"{_TOO_MUCH[standing.policy]}; ask again in {standing.reset_s} {unit}"
 
 
 def digest_caller(caller: str) -> str:

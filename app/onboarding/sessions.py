@@ -49,6 +49,15 @@ class SessionView(TypedDict):
     revision: int
 
 
+class NewSessionView(SessionView):
+    """A session as it is told to who began it.
+
+    `session_token` opens it: it is there with access control on, and told only here.
+    """
+
+    session_token: NotRequired[str]
+
+
 class ProgressView(TypedDict):
     """The answer to a look at the progress."""
 

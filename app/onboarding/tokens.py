@@ -151,6 +151,16 @@ def derive_session_token(resumed: ResumeToken) -> str:
     )
 
 
+def derive_first_token(session_id: str, seed: str, credential: bytes) -> str:
+    """Make the session token that is told to who begins a session and may have to ask again.
+
+    It takes the `seed`, 32 random bytes in hex that are kept, and what they showed, which is not:
+    who has only one of them cannot make it.
+    """
+    secret = hmac.digest(bytes.fromhex(seed), credential, hashlib.sha256)
+    return make_session_token(session_id, secret)
+
+
 def is_token_id(token_id: str) -> bool:
     """Say whether a resume token may have this id."""
     return _TOKEN_ID.fullmatch(token_id) is not None

@@ -30,12 +30,17 @@ from app.onboarding.files import (
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import Owner, check_session_id
 from app.services.manager import OnboardingSessionManager
+from app.services.tokens import FirstToken
 from app.settings import Settings
 from app.store.connect import connect_bulk
 from app.store.files import Body, FileStore
 from app.store.gateway import Gateway
 
 log = structlog.get_logger()
+
+
+NOBODYS = Owner(None, None, "en")
+"""The owner of a session that belongs to nobody."""
 
 
 class BodyLimits(NamedTuple):
@@ -90,22 +95,33 @@ class FileService:
         self._manager = manager
         self._limits = limits
 
-    async def begin_session(self, upload: IncomingUpload) -> UploadedView:
-        """Make a session, which belongs to nobody, with the file that is on its way.
+    async def begin_session(
+        self,
+        upload: IncomingUpload,
+        *,
+        owner: Owner = NOBODYS,
+        first: FirstToken | None = None,
+    ) -> UploadedView:
+        """Make a session with the file that is on its way, in the language that comes with it.
+
+        It belongs to nobody, if not said; `first` is a token that opens it.
 
         Nothing of it is there before all of the file is. Raises `InvalidRequestError`, and
         `SessionCapacityError` when there is no room for it.
         """
-        session_id = str(uuid.uuid4())
+        session_id = str(uuid.uuid4()) if first is None else first.session_id
         save, limit = self._files.save_early_part, self._limits.upload
         info = await self._keep(session_id, FileKind.UPLOAD, upload, limit, save)
-        owner = Owner(None, None, upload.language)
+        owner = replace(owner, language=upload.language)
         try:
-            await self._manager.begin_session_with(session_id, owner, upload=info)
+            await self._manager.begin_session_with(
+                session_id, owner, upload=info, token_digest=first and first.digest
+            )
         except SessionCapacityError:
             await self._drop(session_id, FileKind.UPLOAD, info.transfer, info.parts)
             raise
-        return UploadedView(session_id=session_id, status="pending")
+        view = UploadedView(session_id=session_id, status="pending")
+        return view if first is None else {**view, "session_token": first.token}
 
     async def store_result(
         self,

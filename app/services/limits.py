@@ -14,7 +14,7 @@ from math import ceil
 import structlog
 
 from app.clock import monotonic_s
-from app.errors import RateLimitedError, StoreError
+from app.errors import OverloadedError, RateLimitedError, StoreError
 from app.onboarding.limits import Limit, Policy, Standing, describe_refusal
 from app.settings import Settings
 from app.store.gateway import Gateway
@@ -32,6 +32,15 @@ loses what was taken for them."""
 
 PAUSE_S = 1.0
 """How long the store is left alone once it did not answer, in seconds."""
+
+
+class LimitReachedError(RateLimitedError):
+    """A caller has asked for as much as they may; `standing` says how they stand."""
+
+    def __init__(self, standing: Standing) -> None:
+        super().__init__(describe_refusal(standing), standing.reset_s)
+        self.standing = standing
+
 
 Take = Callable[[Policy, str, Limit, int], Awaitable[Taken | None]]
 
@@ -110,7 +119,7 @@ class _Allowance:
 
     def _refusal(self, wait_s: float) -> RateLimitedError:
         retry_after_s = max(1, ceil(wait_s))
-        return RateLimitedError(describe_refusal(self._policy, retry_after_s), retry_after_s)
+        return LimitReachedError(Standing(self._policy, self._limit, 0, retry_after_s))
 
     def _fill(self, purse: _Purse, taken: Taken, asked_s: float) -> None:
         """Put in what was taken. Raises `RateLimitedError` when it is nothing."""
@@ -128,7 +137,7 @@ class _Allowance:
         if reset_s < 0:
             # That one has come, and others after it.
             reset_s %= self._refill_s
-        return Standing(self._policy, purse.held + purse.left, ceil(reset_s))
+        return Standing(self._policy, self._limit, purse.held + purse.left, ceil(reset_s))
 
 
 class Limiter:
@@ -205,6 +214,23 @@ class Limiter:
             return None
         self._is_away = False
         return taken
+
+
+class InFlight:
+    """Counts what a process is serving: `with in_flight` for as long as a request takes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
+
+    def __enter__(self) -> None:
+        """Raise `OverloadedError` when as many are being served as may be."""
+        if self._count >= self._most:
+            raise OverloadedError
+        self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
 
 
 def make_limiter(gateway: Gateway, settings: Settings) -> Limiter:

@@ -177,14 +177,21 @@ class OnboardingSessionManager:
                 raise SessionConflictError
         return view_session(created.session_id, owner, created.state)
 
-    async def begin_session_with(self, session_id: str, owner: Owner, *, upload: FileInfo) -> None:
+    async def begin_session_with(
+        self,
+        session_id: str,
+        owner: Owner,
+        *,
+        upload: FileInfo,
+        token_digest: str | None = None,
+    ) -> None:
         """Make a session with a file whose parts are kept under this id already.
 
         Raises `BodyLostError` when they are gone.
         """
         check_session_id(session_id)
         await self._catalogues.keep_current()
-        await self._create(session_id, owner, upload=upload)
+        await self._create(session_id, owner, upload=upload, token_digest=token_digest)
 
     async def get_session(self, session_id: str) -> SessionView:
         """Describe a session."""

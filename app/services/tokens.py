@@ -1,10 +1,13 @@
-"""Resume tokens: a session handed over by a link, and taken up elsewhere."""
+"""Tokens that open a session: told to who begins it, handed over by a link, taken up elsewhere."""
 
 import secrets
+import uuid
+from typing import NamedTuple
 
 from app.clock import now_ms, rfc3339
 from app.errors import ResumeTokenNotFoundError
-from app.onboarding.sessions import SessionView, view_session
+from app.onboarding.idempotency import IdempotentRequest
+from app.onboarding.sessions import NewSessionView, Owner, SessionView, view_session
 from app.onboarding.tokens import (
     DEFAULT_TTL_S,
     SECRET_BYTES,
@@ -15,14 +18,32 @@ from app.onboarding.tokens import (
     check_may_have_tokens,
     check_resume_token,
     check_token_id,
+    derive_first_token,
     derive_session_token,
     digest_of,
     make_resume_token,
     parse_resume_token,
     view_resume_token,
 )
+from app.services.manager import OnboardingSessionManager
 from app.store.gateway import Gateway
 from app.store.tokens import NewResumeToken, TokenStore
+
+
+class FirstToken(NamedTuple):
+    """The token that a session begins with, drawn before it, and what is kept of it."""
+
+    session_id: str
+    token: str
+    digest: str
+    seed: str
+
+
+def draw_first_token(credential: bytes) -> FirstToken:
+    """Draw an id for a session, and a token for who shows this."""
+    session_id, seed = str(uuid.uuid4()), secrets.token_hex(SECRET_BYTES)
+    token = derive_first_token(session_id, seed, credential)
+    return FirstToken(session_id, token, digest_of(token), seed)
 
 
 class TokenService:
@@ -33,8 +54,37 @@ class TokenService:
     no tokens; what else they raise, they say.
     """
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, manager: OnboardingSessionManager) -> None:
         self._store = TokenStore(gateway)
+        self._manager = manager
+
+    async def begin_session(
+        self, owner: Owner, *, credential: bytes, request: IdempotentRequest | None = None
+    ) -> NewSessionView:
+        """Make a session for an owner that was checked, with a token that opens it.
+
+        `credential` is what its maker showed. A repeat by Idempotency-Key tells the same token to
+        who shows the same, and another one to who shows something newer: only digests are kept.
+        """
+        first = draw_first_token(credential)
+        token = first.token
+        view = await self._manager.begin_session(
+            owner,
+            request=request,
+            session_id=first.session_id,
+            token_digest=first.digest,
+            # Who cannot ask again needs none.
+            seed=None if request is None else first.seed,
+        )
+        if view["session_id"] != first.session_id:
+            token = await self._tell_again(view["session_id"], credential)
+        return NewSessionView(**view, session_token=token)
+
+    async def _tell_again(self, session_id: str, credential: bytes) -> str:
+        seed = await self._store.get_seed(session_id) or secrets.token_hex(SECRET_BYTES)
+        token = derive_first_token(session_id, seed, credential)
+        await self._store.add_session_token(session_id, digest_of(token), at_ms=now_ms())
+        return token
 
     async def create_resume_token(
         self, session_id: str, *, ttl_s: int = DEFAULT_TTL_S, label: str | None = None

@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from app.clock import LAST_MS
-from app.errors import InvalidRequestError, ResumeTokenNotFoundError, SessionNotFoundError
+from app.errors import (
+    CorruptRecordError,
+    InvalidRequestError,
+    ResumeTokenNotFoundError,
+    SessionNotFoundError,
+)
 from app.onboarding.sessions import Session
 from app.onboarding.tokens import (
     MAX_OPEN_TOKENS,
@@ -99,13 +104,14 @@ class TokenStore:
         """Use a resume token: let in the session token that it gives, and read the session.
 
         Used again while that is possible, it renews nothing. Raises `ResumeTokenNotFoundError` also
-        for an unknown session.
+        for an unknown session, and for one whose damage lets no token be judged: that is in the
+        log, and nobody learns of a session by a token that may be wrong.
         """
         args: list[Argument] = [token.token_id, token.digest, session_digest]
         args += [REPEAT_MS, MAX_SESSION_TOKENS]
         try:
             reply = await self._change("use_resume_token", token.session_id, args, at_ms)
-        except SessionNotFoundError:
+        except (SessionNotFoundError, CorruptRecordError):
             raise ResumeTokenNotFoundError from None
         keys = self._keys.session(token.session_id)
         return Updated(token.session_id, keys, reply.values).read()

@@ -32,6 +32,8 @@ STATUSES = {
     "malformed_json": 400,
     "invalid_header": 400,
     "invalid_idempotency_key": 400,
+    "unauthenticated": 401,
+    "forbidden": 403,
     "session_not_found": 404,
     "step_not_found": 404,
     "draft_not_found": 404,
@@ -283,10 +285,10 @@ async def ask(raw: Redis, *parts: str | bytes | int) -> Any:
 
 
 async def dump(raw: Redis) -> dict[str, tuple[str, Any]]:
-    """Give every key with its type and value; lifetimes and the health probe's keys aside."""
+    """Give every key with its type and value, but for the health probe's and the record."""
     found: dict[str, tuple[str, Any]] = {}
     async for key in raw.scan_iter(count=1000):
-        if key.startswith(b"onboarding:canary"):
+        if key.startswith((b"onboarding:canary", b"onboarding:index:audit")):
             continue
         kind = (await ask(raw, "TYPE", key)).decode()
         read = {

@@ -1,21 +1,16 @@
 """One line per request, and never anything that a user wrote."""
 
-import io
 import json
-import logging
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import structlog
 from httpx2 import AsyncClient, Response
 from redis.asyncio import Redis
 
-from app.logs import configure_logging
+from tests.api.conftest import Log
 from tests.api.helpers import (
     CREATE,
     DELETE_SESSION,
@@ -32,7 +27,6 @@ from tests.api.helpers import (
     PUT_DRAFT,
     REOPEN,
     SAVE,
-    Answers,
     answer_of,
     exchange,
     is_time,
@@ -47,66 +41,6 @@ CANARY = "Canary7Zq"
 
 EVERY_LINE = {"timestamp", "level", "event"}
 REQUEST_LINE = {"method", "route", "status", "duration_ms", "redis_commands", "retries"}
-
-LIBRARIES = ["", "uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"]
-
-
-class Log:
-    """What was logged."""
-
-    def __init__(self) -> None:
-        self._buffer = io.BytesIO()
-        self.stdout = io.TextIOWrapper(self._buffer, write_through=True)
-        self._seen = 0
-
-    @property
-    def text(self) -> str:
-        """Everything, since the beginning."""
-        return self._buffer.getvalue().decode()
-
-    def lines(self) -> list[Answers]:
-        """Give the lines since the last call."""
-        text = self.text[self._seen :]
-        self._seen += len(text)
-        return [json.loads(line) for line in text.splitlines()]
-
-    def requests(self) -> list[Answers]:
-        """Give the lines about requests since the last call."""
-        return [line for line in self.lines() if line["event"] == "request_served"]
-
-
-def forget_bound_loggers() -> None:
-    """Let the loggers of the modules ask for their configuration again."""
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("app.") and hasattr(module, "log"):
-            # Where structlog keeps what a logger became when it was first used.
-            vars(module.log).pop("bind", None)
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
-    """Log as the running service does, into memory; afterwards everything is as it was."""
-    captured = Log()
-    # Not in `sys` itself, where pytest has a stdout of its own for each phase of a test.
-    own = SimpleNamespace(**{**vars(sys), "stdout": captured.stdout})
-    monkeypatch.setattr("app.logs.sys", own)
-    before = structlog.get_config()
-    libraries = {name: logging.getLogger(name) for name in LIBRARIES}
-    kept = {
-        name: (library.handlers[:], library.level, library.propagate)
-        for name, library in libraries.items()
-    }
-    forget_bound_loggers()
-    # Not by force: that would close the handlers of whoever runs the tests.
-    logging.getLogger().handlers = []
-    configure_logging("info", "json")
-    yield captured
-    for name, (handlers, level, propagate) in kept.items():
-        libraries[name].handlers = handlers
-        libraries[name].setLevel(level)
-        libraries[name].propagate = propagate
-    structlog.configure(**before)
-    forget_bound_loggers()
 
 
 @pytest.fixture

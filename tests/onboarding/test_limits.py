@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from app.onboarding.limits import (
     Limit,
     Policy,
+    Standing,
     caller_of_address,
-    describe_left,
-    describe_policy,
+    describe_policies,
     describe_refusal,
+    describe_standings,
     digest_caller,
     parse_limit,
 )
@@ -47,17 +48,20 @@ def test_anything_else_is_refused_with_what_would_be_right(text: str) -> None:
 
 def test_callers_are_told_in_the_words_of_the_draft() -> None:
     limit = Limit(600, 60)
-    assert describe_policy(Policy.REQUESTS, limit) == '"requests";q=600;w=60'
-    assert describe_policy(Policy.CREATIONS, Limit(1, 86_400)) == '"creations";q=1;w=86400'
-    assert describe_left(Policy.REQUESTS, 597, 1) == '"requests";r=597;t=1'
-    assert describe_left(Policy.MISSES, 0, 0) == '"misses";r=0;t=0'
+    one = Standing(Policy.REQUESTS, limit, 597, 1)
+    other = Standing(Policy.CREATIONS, Limit(1, 86_400), 0, 0)
+    assert describe_policies([one]) == '"requests";q=600;w=60'
+    assert describe_policies([one, other]) == '"requests";q=600;w=60, "creations";q=1;w=86400'
+    assert describe_standings([one]) == '"requests";r=597;t=1'
+    assert describe_standings([one, other]) == '"requests";r=597;t=1, "creations";r=0;t=0'
 
 
 def test_a_refusal_says_what_there_was_too_much_of_and_when_to_come_again() -> None:
-    details = {describe_refusal(policy, 3) for policy in Policy}
+    details = {describe_refusal(Standing(policy, Limit(9, 60), 0, 3)) for policy in Policy}
     assert len(details) == len(Policy)
     assert all(detail.endswith("; ask again in 3 seconds") for detail in details)
-    assert describe_refusal(Policy.REQUESTS, 1).endswith("; ask again in 1 second")
+    soon = Standing(Policy.REQUESTS, Limit(9, 60), 0, 1)
+    assert describe_refusal(soon).endswith("; ask again in 1 second")
 
 
 @pytest.mark.parametrize(

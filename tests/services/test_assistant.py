@@ -279,7 +279,7 @@ async def test_an_agent_that_does_not_close_holds_nobody_up(
             await asyncio.Event().wait()
 
     service = make(at_once=1)
-    monkeypatch.setattr(RehearsedFactory, "make", lambda *_: Clinging(agents.book))
+    monkeypatch.setattr(RehearsedFactory, "make", lambda *_: Clinging(agents.book, "s"))
     with capture_logs() as lines:
         assert (await service.ask(session_id, "quick"))["answer"] == "an answer"
         assert (await service.ask(session_id, "quick"))["answer"] == "an answer"

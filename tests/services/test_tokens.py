@@ -40,7 +40,7 @@ class Office(Place):
     @property
     def service(self) -> TokenService:
         """The resume tokens."""
-        return TokenService(self.gateway)
+        return TokenService(self.gateway, self.manager)
 
     async def begin(self) -> str:
         """Make a session."""

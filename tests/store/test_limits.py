@@ -159,13 +159,15 @@ async def test_a_clock_that_is_set_back_holds_nobody_up_for_longer_than_a_window
     await gateway.aclose()
 
 
-async def test_a_limit_that_was_changed_holds_from_then_on(clock: time_machine.Traveller) -> None:
+@pytest.mark.parametrize(("waited_s", "there"), [(0, 0), (0.4, 2), (1, 5), (2, 5)])
+async def test_a_limit_that_was_changed_holds_from_then_on(
+    clock: time_machine.Traveller, waited_s: float, there: int
+) -> None:
     gateway = fake_gateway()
     await take(gateway, Limit(600, 3600), 600)
-    assert (await take(gateway, Limit(5, 1), 5))[0] == 0
-    clock.shift(1)
-    assert (await take(gateway, Limit(5, 1), 5))[0] == 5
-    assert (await take(gateway, Limit(600, 3600), 600))[0] <= 600
+    clock.shift(waited_s)
+    assert (await take(gateway, Limit(5, 1), 50))[:2] == (there, 0)
+    assert (await take(gateway, Limit(600, 3600), 1000))[0] <= 600
     await gateway.aclose()
 
 
@@ -185,14 +187,15 @@ async def test_what_somebody_else_wrote_there_is_a_full_bucket_or_an_error(
 async def test_a_store_that_does_not_answer_is_asked_once_and_not_for_long(
     proxy: Proxy,
 ) -> None:
-    gateway = connect(load_settings(redis_url=f"redis://{proxy.host}:{proxy.port}/0"))
+    url = f"redis://{proxy.host}:{proxy.port}/0"
+    gateway = connect(load_settings(redis_url=url, redis_timeout_s=10))
     await take(gateway, Limit(10, A_DAY))
     before = proxy.commands["EVALSHA"]
     proxy.hold()
     begun_s = monotonic_s()
     with capture_logs() as lines, pytest.raises(StoreUnavailableError):
         await take(gateway, Limit(10, A_DAY))
-    assert TAKE_S - 0.05 < monotonic_s() - begun_s < TAKE_S + 0.5
+    assert TAKE_S - 0.05 < monotonic_s() - begun_s < 2
     assert proxy.commands["EVALSHA"] == before + 1
     assert lines == []
     assert gateway.failures_last_minute == 1

@@ -19,6 +19,7 @@ from app.onboarding.events import BEFORE_ALL
 from app.onboarding.exports import compute_checksum
 from app.onboarding.files import FileKind
 from app.onboarding.generation import ProgressEvent
+from app.onboarding.limits import Limit, Policy
 from app.onboarding.sessions import Owner
 from app.onboarding.tasks import TASK_RULES
 from app.onboarding.tokens import digest_of
@@ -29,6 +30,7 @@ from app.services.tokens import TokenService
 from app.settings import Settings, load_settings
 from app.store.connect import make_subscription
 from app.store.jobs import JobStore
+from app.store.limits import LimitStore
 from tests.conftest import QUICKLY
 from tests.servers import ClusterSet, SentinelSet, Valkey
 from tests.store.sessions import Manager, Place, keyed, prepare, working_at
@@ -205,7 +207,8 @@ async def test_a_session_lies_in_one_slot_where_keys_are_tagged(topology: Topolo
 
 
 async def test_a_session_that_is_handed_over(topology: Topology) -> None:
-    place, service = topology.place, TokenService(topology.place.gateway)
+    place = topology.place
+    service = TokenService(place.gateway, place.manager)
     session_id = await place.manager.create_session(workspace_id="w")
     made = await service.create_resume_token(session_id)
     _, session_token = await service.resume(made["token"])
@@ -365,6 +368,17 @@ class TestCreateWithAnIdempotencyKey:
         deadlines = topology.deadlines_ms()
         session_ms = deadlines[topology.prefix(view["session_id"]) + "progress"]
         assert 0 < deadlines[f"onboarding:idem:{keyed().scope}"] <= session_ms
+
+
+async def test_limits_hold_for_callers_whose_buckets_lie_anywhere(topology: Topology) -> None:
+    store, limit = LimitStore(topology.gateway), Limit(5, 3600)
+    callers = [f"user:{number}" for number in range(12)]
+    taken = await asyncio.gather(
+        *(store.take(Policy.REQUESTS, caller, limit, 2) for caller in callers * 4)
+    )
+    assert sum(each.granted for each in taken) == 5 * len(callers)
+    assert len(topology.list_keys()) == len(callers)
+    assert topology.immortal() == set()
 
 
 async def test_many_sessions_at_once_stay_apart(topology: Topology) -> None:

@@ -153,8 +153,8 @@ EXCHANGES = {
     ),
 }
 
-BESIDE_REQUESTS = {"EVAL", "HKEYS", "INFO", "HELLO", "CLIENT", "SELECT"}
-"""What the health probe, the look at the catalogues and new connections send."""
+BESIDE_REQUESTS = {"EVAL", "AUDIT", "HKEYS", "INFO", "HELLO", "CLIENT", "SELECT"}
+"""What the health probe, the look at the catalogues, the record and new connections send."""
 
 
 @pytest.fixture
