@@ -2,7 +2,8 @@
 
 import os
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from app.onboarding.access import NOBODY, Principal
 from app.onboarding.assistant import Agent
@@ -42,6 +43,14 @@ _current: ContextVar[RequestContext | None] = ContextVar("request_context", defa
 
 get_context = _current.get
 """Return the context of the running request, or None outside of one."""
+
+
+def learn(**known: Any) -> None:
+    """Put one into the place of the running request's context that knows more."""
+    context = _current.get()
+    if context is not None:
+        _current.set(replace(context, **known))
+
 
 set_context = _current.set
 reset_context = _current.reset

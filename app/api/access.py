@@ -1,13 +1,12 @@
 """Who may call what: asked once per request, before anything of it is looked at."""
 
-from dataclasses import replace
 from typing import cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.middleware import HEADERS
 from app.api.operations import Operation
-from app.context import get_context, set_context
+from app.context import get_context, learn
 from app.errors import (
     AccessError,
     NotTheirsError,
@@ -25,6 +24,8 @@ from app.onboarding.limits import (
     describe_standings,
 )
 from app.onboarding.sessions import is_public_id
+from app.services.access import AccessService
+from app.services.audit import AuditTrail
 from app.services.limits import Limiter, LimitReachedError
 from app.wiring import AppState, Services
 
@@ -62,39 +63,32 @@ class AccessMiddleware:
             await self._serve(services, scope, receive, send)
 
     async def _serve(self, services: Services, scope: Scope, receive: Receive, send: Send) -> None:
-        principal, refusal = NOBODY, None
-        if self._operation.access is not Access.OPEN:
-            try:
-                principal = await services.access.identify(scope["headers"])
-            except UnauthenticatedError as error:
-                refusal = error
-        session_id = _session_of(scope)
-        _learn(principal, session_id)
+        principal, refusal = await self._identify(services.access, scope)
+        learn(principal=principal, session_id=_session_of(scope))
         caller = principal.identity or caller_of_address((scope.get("client") or (None,))[0])
-        outcome, is_refused, is_noted = DONE, False, self._operation.audited
+        failure: BaseException | None = None
         try:
-            await self._admit(services.limiter, caller, scope)
+            await self._count(services.limiter, caller, scope)
             self._check(principal, refusal)
             await self._call(services.limiter, caller, scope, receive, send)
-        except OnboardingError as error:
-            outcome, is_refused = error.code, isinstance(error, AccessError | NotTheirsError)
-            # Where the store failed, it may have been done all the same.
-            is_noted = is_refused or (is_noted and isinstance(error, StoreError))
-            raise
-        except BaseException:
-            outcome = INTERRUPTED
+        except BaseException as raised:
+            failure = raised
             raise
         finally:
-            if is_noted:
-                services.audit.record(
-                    str(principal),
-                    self._operation.name,
-                    session_id,
-                    outcome,
-                    refused=is_refused,
-                )
+            self._note(services.audit, failure)
 
-    async def _admit(self, limiter: Limiter, caller: str, scope: Scope) -> None:
+    async def _identify(
+        self, access: AccessService, scope: Scope
+    ) -> tuple[Principal, UnauthenticatedError | None]:
+        """Say who asks, or why that is nobody; they are refused once they have been counted."""
+        if self._operation.access is Access.OPEN:
+            return NOBODY, None
+        try:
+            return await access.identify(scope["headers"]), None
+        except UnauthenticatedError as refusal:
+            return NOBODY, refusal
+
+    async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
         """Count the request. Raises `RateLimitedError`."""
         standings: list[Standing | None] = []
         try:
@@ -130,13 +124,24 @@ class AccessMiddleware:
             await limiter.count_miss(caller)
             raise
 
+    def _note(self, trail: AuditTrail, failure: BaseException | None) -> None:
+        """Put on record who was refused, what was done, and what may have been."""
+        is_refused = isinstance(failure, AccessError | NotTheirsError)
+        # Where the store failed or the time was over, it may have been done all the same.
+        is_undone = isinstance(failure, OnboardingError) and not isinstance(failure, StoreError)
+        context = get_context()
+        if context is None or not (is_refused or (self._operation.audited and not is_undone)):
+            return
+        outcome = DONE if failure is None else getattr(failure, "code", INTERRUPTED)
+        trail.record(
+            str(context.principal),
+            self._operation.name,
+            context.session_id,
+            outcome,
+            refused=is_refused,
+        )
+
 
 def _session_of(scope: Scope) -> str | None:
     session_id: str = scope["path_params"].get("id", "")
     return session_id if is_public_id(session_id) else None
-
-
-def _learn(principal: Principal, session_id: str | None) -> None:
-    context = get_context()
-    if context is not None:
-        set_context(replace(context, principal=principal, session_id=session_id))

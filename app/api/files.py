@@ -13,6 +13,7 @@ from app.api.headers import format_disposition, parse_content_type, parse_filena
 from app.api.operations import Answer, Operation, Stream
 from app.api.streaming import Content, Outlet
 from app.api.uploads import FORM_BYTES, UploadForm
+from app.context import learn
 from app.errors import AbsentError, ResultNotFoundError, StoreError, UploadNotFoundError
 from app.onboarding.access import ANYONE, Access, claim
 from app.onboarding.files import FileKind, FileView, UploadedView, clean_filename
@@ -40,6 +41,7 @@ async def upload(call: Call) -> Response:
     first = None if call.principal is ANYONE else draw_first_token(call.credential)
     owner = claim(call.principal, NOBODYS)
     view = await call.services.files.begin_session(form, owner=owner, first=first)
+    learn(session_id=view["session_id"])
     location = f"/api/v1/onboarding/{view['session_id']}"
     return call.answer(view, 201, {"location": location})
 

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
+from app.context import learn
 from app.errors import InvalidRequestError
 from app.onboarding.access import ANYONE, Access, claim
 from app.onboarding.cursors import parse_limit
@@ -51,6 +52,7 @@ async def create_session(call: Call) -> Response:
         view = await call.services.tokens.begin_session(
             owner, credential=call.credential, request=call.idempotent
         )
+    learn(session_id=view["session_id"])
     location = f"/api/v1/onboarding/{view['session_id']}"
     return call.answer(view, 201, {"location": location})
 

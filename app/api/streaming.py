@@ -2,14 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import NoReturn
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from app.clock import monotonic_s
-from app.context import get_context, set_context
+from app.context import learn
 from app.errors import DeadlineExceededError, PayloadTooLargeError
 
 STALL_S = 20.0
@@ -136,9 +135,7 @@ def write_event(kind: str, data: bytes, event_id: str | None = None) -> bytes:
 
 def _allow(limit_s: float) -> None:
     """Let the request go on asking the store for so long."""
-    context = get_context()
-    if context is not None:
-        set_context(replace(context, deadline_s=monotonic_s() + limit_s))
+    learn(deadline_s=monotonic_s() + limit_s)
 
 
 def too_large(limit: int) -> PayloadTooLargeError:

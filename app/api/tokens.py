@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
+from app.context import learn
 from app.onboarding.access import Access
 from app.onboarding.tokens import (
     DEFAULT_TTL_S,
@@ -64,6 +65,7 @@ async def revoke_resume_token(call: Call) -> Response:
 async def resume_session(call: Call) -> Response:
     """Take a session up with a resume token."""
     view, session_token = await call.services.tokens.resume(call.parse(UseResumeToken).token)
+    learn(session_id=view["session_id"])
     return call.answer(ResumedSessionView(**view, session_token=session_token))
 
 

@@ -142,19 +142,20 @@ def _lack(access: Access, principal: Principal) -> str:
     return f"Not with these credentials: this takes {' or '.join(able)}"
 
 
-def owns_all(principal: Principal) -> bool:
-    """Say whether somebody needs no session to be theirs: machines, and everybody without auth."""
-    return principal.kind in (Kind.MACHINE, Kind.ANYONE)
-
-
 def is_theirs(principal: Principal, session_id: str, owner: Owner | None) -> bool:
-    """Say whether somebody may know that a session exists; without an owner it does not."""
-    if owns_all(principal):
-        return True
-    if principal.kind is Kind.WIZARD:
-        return principal.name == session_id
-    is_of_user = owner is not None and owner.user_id == principal.name
-    return is_of_user and owner is not None and owner.workspace_id == principal.workspace_id
+    """Say whether somebody may know of a session.
+
+    `owner` is asked for with users only, and None when it is not known: then it is nobody's.
+    Machines, and everybody without access control, may know of any.
+    """
+    match principal.kind:
+        case Kind.WIZARD:
+            return principal.name == session_id
+        case Kind.USER if owner is not None:
+            told = owner.user_id, owner.workspace_id
+            return told == (principal.name, principal.workspace_id)
+        case _:
+            return principal.kind in (Kind.MACHINE, Kind.ANYONE)
 
 
 def claim(principal: Principal, wanted: Owner) -> Owner:

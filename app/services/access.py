@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from app.clock import now_ms
+from app.clock import LAST_MS, now_ms
 from app.errors import (
     CorruptRecordError,
     NotTheirsError,
@@ -24,7 +24,6 @@ from app.onboarding.access import (
     Principal,
     find_api_key,
     is_theirs,
-    owns_all,
 )
 from app.onboarding.sessions import Owner
 from app.onboarding.tokens import SessionToken, parse_session_token
@@ -36,14 +35,13 @@ from app.store.tokens import TokenStore
 
 log = structlog.get_logger()
 
-KEPT_S = 10
-"""How long it is remembered that a session token is good and whose a session is, in seconds: so
-soon a token that was revoked, or an owner who was replaced by another process, counts nowhere."""
+KEPT_MS = 10_000
+"""How long it is remembered that a session token is good and whose a session is, in milliseconds:
+so soon a token that was revoked, or an owner who was replaced by another process, counts nowhere.
+"""
 
 REMEMBERED = 10_000
 """How many credentials, and how many owners, are remembered: some 5 MB."""
-
-NEVER_S = float("inf")
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -101,14 +99,12 @@ class AccessService:
         principal = self._verified.get(digest)
         if principal is None:
             verify = self._verify_key if name == b"x-api-key" else self._verify_bearer
-            principal, until_s = await verify(value)
-            self._verified.put(digest, principal, until_s)
+            principal, until_ms = await verify(value)
+            self._verified.put(digest, principal, until_ms)
         return principal
 
     async def check_session(self, principal: Principal, session_id: str) -> None:
         """Raise `SessionNotFoundError` unless somebody may know that a session exists."""
-        if owns_all(principal):
-            return
         owner = None
         if principal.kind is Kind.USER:
             owner = self._owners.get(session_id) or await self._find_owner(session_id)
@@ -122,16 +118,16 @@ class AccessService:
             # Nobody can be shown to own it; operators see what is wrong with it.
             log.warning("owner_not_read", session_id=session_id)
             raise NotTheirsError from damage
-        self._owners.put(session_id, owner, now_ms() / 1000 + KEPT_S)
+        self._owners.put(session_id, owner, now_ms() + KEPT_MS)
         return owner
 
-    async def _verify_key(self, sent: bytes) -> tuple[Principal, float]:
+    async def _verify_key(self, sent: bytes) -> tuple[Principal, int]:
         known = find_api_key(self._api_keys, sent)
         if known is None:
             raise UnauthenticatedError("The API key is not, or no longer, one of those in use")
-        return Principal(Kind.MACHINE, known.name, scopes=known.scopes), NEVER_S
+        return Principal(Kind.MACHINE, known.name, scopes=known.scopes), LAST_MS
 
-    async def _verify_bearer(self, sent: bytes) -> tuple[Principal, float]:
+    async def _verify_bearer(self, sent: bytes) -> tuple[Principal, int]:
         scheme, _, token = sent.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise UnauthenticatedError("Send Authorization: Bearer <token>")
@@ -141,9 +137,9 @@ class AccessService:
         if self._keyring is None:
             raise UnauthenticatedError("This is no session token, and no others are taken here")
         verified = await self._keyring.verify(token)
-        return verified.principal, verified.expires_at_s
+        return verified.principal, min(int(verified.expires_at_s * 1000), LAST_MS)
 
-    async def _verify_session_token(self, token: SessionToken) -> tuple[Principal, float]:
+    async def _verify_session_token(self, token: SessionToken) -> tuple[Principal, int]:
         try:
             is_good = await self._tokens.is_session_token(*token)
         except CorruptRecordError:
@@ -152,35 +148,35 @@ class AccessService:
             is_good = False
         if not is_good:
             raise UnauthenticatedError("The session token is not, or no longer, good")
-        return Principal(Kind.WIZARD, token.session_id), now_ms() / 1000 + KEPT_S
+        return Principal(Kind.WIZARD, token.session_id), now_ms() + KEPT_MS
 
 
 class _Remembered(Generic[K, V]):
-    """What is known until a time in Unix seconds, so many at most: the oldest goes first."""
+    """What is known until a time in Unix milliseconds, so many at most: the oldest goes first."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._known: dict[K, tuple[V, float]] = {}
+        self._known: dict[K, tuple[V, int]] = {}
 
     def get(self, key: K) -> V | None:
         found = self._known.get(key)
         if found is None:
             return None
-        if found[1] <= now_ms() / 1000:
+        if found[1] <= now_ms():
             del self._known[key]
             return None
         return found[0]
 
-    def put(self, key: K, value: V, until_s: float) -> None:
+    def put(self, key: K, value: V, until_ms: int) -> None:
         if len(self._known) >= self._most:
             del self._known[next(iter(self._known))]
-        self._known[key] = (value, until_s)
+        self._known[key] = (value, until_ms)
 
     def clear(self) -> None:
         self._known.clear()
 
 
-_CREDENTIALS = (b"authorization", b"x-api-key")
+_CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 
 
 def make_access_service(gateway: Gateway, settings: Settings) -> AccessService:

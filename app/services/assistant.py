@@ -8,7 +8,6 @@ bounded, so nothing that waits for a listener can pile up.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from math import ceil
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -17,7 +16,7 @@ import structlog
 from async_lru import alru_cache
 
 from app.clock import monotonic_s, now_ms
-from app.context import get_context, set_context
+from app.context import get_context, learn
 from app.errors import AgentFailedError, DeadlineExceededError, RateLimitedError, StoreError
 from app.onboarding.assistant import (
     MAX_ANSWER_LENGTH,
@@ -365,7 +364,8 @@ class Answering:
     async def _run(self) -> None:
         try:
             agent = self._factory.make(self.context)
-            _learn(agent)
+            # As this task alone sees it.
+            learn(agent=agent)
             try:
                 await self._listen(agent.ask(self.question))
             finally:
@@ -434,13 +434,6 @@ class Answering:
 
 class _AgentFaultError(ValueError):
     """An agent did what none may; the message quotes nothing of what it said."""
-
-
-def _learn(agent: Agent) -> None:
-    """Put the agent into the request's world, as this task alone sees it."""
-    context = get_context()
-    if context is not None:
-        set_context(replace(context, agent=agent))
 
 
 def _checked(said: object, catalogue: Catalogue) -> Said:
