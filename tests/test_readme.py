@@ -1,8 +1,12 @@
 """The README is tried: its walk through is run, its tables are compared with the code."""
 
 import asyncio
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
@@ -10,6 +14,7 @@ from httpx2 import AsyncClient
 from app.api.routes import OPERATIONS
 from app.settings import Settings, load_settings, variable_of
 
+PYTHON = sys.executable
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 ENV_EXAMPLE = (ROOT / "deploy" / "env.example").read_text()
@@ -24,19 +29,30 @@ def commands(title: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient) -> None:
-    lines = commands("Walk through")
+async def paste(lines: list[str], directory: Path, url: str = "") -> list[str]:
+    """Paste lines into a shell, and give what each of them printed."""
     script = "\n".join(f"{line}\necho; echo --------" for line in lines)
-    script = script.replace("http://127.0.0.1:8000", str(api.base_url).rstrip("/"))
+    script = script.replace("http://127.0.0.1:8000", url).replace(".venv/bin/python", PYTHON)
     shell = await asyncio.create_subprocess_exec(
-        "bash", "-eu", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        *("bash", "-eu"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     output, _ = await shell.communicate(script.encode())
     answers = output.decode().split("--------\n")[:-1]
 
     assert shell.returncode == 0
-    assert len(answers) == len(lines) == 32
+    assert len(answers) == len(lines)
     assert "urn:onboarding:problem" not in output.decode()
+    return answers
+
+
+async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient, tmp_path: Path) -> None:
+    answers = await paste(commands("Walk through"), tmp_path, str(api.base_url).rstrip("/"))
+
+    assert len(answers) == 32
     assert '"version":2' in answers[6]
     assert '"is_draft":true' in answers[7]
     assert '"completed_steps":4' in answers[9]
@@ -63,6 +79,31 @@ async def test_the_walk_through_works_pasted_line_by_line(api: AsyncClient) -> N
     assert '"saved":1' in answers[29]
     assert '"overall_health":"healthy"' in answers[30]
     assert '"removed":0' in answers[31]
+
+
+async def test_a_wizard_a_user_and_machines_get_in_as_told(
+    serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    lines = commands("Access")
+    begin = next(number for number, line in enumerate(lines) if line.endswith("make run"))
+    await paste(lines[:begin], tmp_path)
+    # What the shell would put into the variables of the last line.
+    told = dict(re.findall(r'ONBOARDING_(\w+)=("[^"]*"|\S+)', lines[begin]))
+    shown = [f"echo {text}" for text in told.values()]
+    values = [answer.strip() for answer in await paste(shown, tmp_path)]
+    api: AsyncClient = await serve(**dict(zip(map(str.lower, told), values, strict=True)))
+
+    answers = await paste(lines[begin + 1 :], tmp_path, str(api.base_url).rstrip("/"))
+
+    said = "".join(answers)
+    assert said.count('"session_token":"ost_') == 2  # told to who resumes, and to the user
+    assert '"completed":1' in said
+    assert '"complete":false' in said
+    assert '"status":"processing"' in said
+    assert '"progress":50' in said
+    assert '"filename":"result.bin"' in said
+    assert said.count('"workspace_id":"acme","status"') == 2  # both sessions are the user's own
+    assert '"deleted_at"' in said
 
 
 def test_every_operation_stands_in_the_table_of_calls() -> None:
