@@ -32,8 +32,8 @@ All sessions are listed, counted and chosen for removal from one index (`store/l
 script that changes a session keeps it true in the same step; on a Cluster it follows within a
 second (`store/index`). The sweeper mends it in both: the index is a hint, the session the truth.
 
-Who asks is known by what they show (`services/access`, `services/keyring`), and one table tells what
-they may (`onboarding/access`). One middleware asks both before anything of a request is looked at
+Who asks is known by what they show (`services/access`, `services/keyring`), and what they may, by
+one table (`onboarding/access`). One middleware asks both before anything of a request is looked at
 (`api/access`); whose a session is, is asked where it would be looked up, after path, headers and
 body. What was refused, and what matters, goes on record behind the requests (`services/audit`).
 

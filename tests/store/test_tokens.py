@@ -388,10 +388,13 @@ async def test_a_damaged_record_is_an_error_of_what_asks_for_it(place: Place, ho
         await place.tokens.list_open(session_id)
     assert damage.value.key == key
     if "calendar" not in how:
-        for call in (hand_over, use, revoke):
+        for call in (hand_over, revoke):
             with pytest.raises(CorruptRecordError) as damage:
                 await call(place, session_id)
             assert damage.value.key == key
+        # Whether the token is good, nobody can say: it tells of no session.
+        with pytest.raises(ResumeTokenNotFoundError):
+            await use(place, session_id)
     # What it does not concern goes on.
     assert await place.tokens.is_session_token(session_id, "0a")
     await add(place, session_id, "0b")
@@ -411,14 +414,17 @@ async def test_a_session_of_which_half_is_gone_is_damaged_and_not_absent(place: 
     await hand_over(place, session_id)
     keys = place.gateway.keys.session(session_id)
     await place.gateway.command("DEL", keys.metadata)
+    # Its token can be judged, so its holder may know.
     with pytest.raises(CorruptRecordError):
         await use(place, session_id)
     await place.gateway.command("DEL", keys.progress)
     await place.gateway.command("HSET", keys.metadata, "language", "en")
     await place.gateway.command("PEXPIRE", keys.metadata, 60_000)
-    for call in (hand_over, use, revoke, ids_of):
+    for call in (hand_over, revoke, ids_of):
         with pytest.raises(CorruptRecordError):
             await call(place, session_id)
+    with pytest.raises(ResumeTokenNotFoundError):
+        await use(place, session_id)
 
 
 async def recover(place: Place, session_id: str) -> tuple[list[str], list[str]]:

@@ -8,11 +8,5 @@
 --
 -- Safe to send twice: see session.lua.
 
-if not state.status then
-  return {'not_found'}
-end
-if not tokens then
-  return {'damaged', TOKENS}
-end
 add_session_token(ARGV[6], tonumber(ARGV[7]))
 return answer({'ok'})

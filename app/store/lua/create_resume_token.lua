@@ -11,12 +11,6 @@
 --
 -- Safe to send twice: see session.lua.
 
-if not state.status then
-  return {'not_found'}
-end
-if not tokens then
-  return {'damaged', TOKENS}
-end
 local waiting, used, over = 0, {}, {}
 for field, text in pairs(tokens) do
   if string.find(field, '^resume:') then

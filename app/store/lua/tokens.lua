@@ -4,8 +4,9 @@
 -- KEYS  as session.lua has them
 -- ARGV  as session.lua has them
 --
--- Returns nothing: it gives `tokens`, field and value of each, nil where they are damaged,
--- `add_session_token`, and what reads and writes the record of a resume token.
+-- Returns before the script begins: {'not_found'}; {'damaged', key} when there is no telling which
+-- tokens there are. It gives `tokens`, field and value of each, `add_session_token`, and what finds,
+-- reads and writes the record of a resume token.
 --
 -- Safe to send twice: it reads, and defines.
 --
@@ -17,9 +18,15 @@
 --                     used first (0 = not yet), all in Unix ms, the digest of the session token that it
 --                     gave ('-' = none yet), its label
 
+if not state.status then
+  return {'not_found'}
+end
 local found = redis.pcall('HGETALL', TOKENS)
-local tokens = not found.err and {} or nil
-for i = 1, tokens and #found or 0, 2 do
+if found.err then
+  return {'damaged', TOKENS}
+end
+local tokens = {}
+for i = 1, #found, 2 do
   tokens[found[i]] = found[i + 1]
 end
 
@@ -50,6 +57,16 @@ local function parse_resume_token(text)
     string.match(text, '^(%x+) (%d+) (%d+) (%d+) (%S+) (.*)$')
   return digest and {digest = digest, made = made, ends_ms = tonumber(ends),
     used_ms = tonumber(used), gave = gave, label = label}
+end
+
+-- Find a resume token; without one, give what is to be returned.
+local function find_resume_token(id)
+  local text = tokens['resume:' .. id]
+  if not text then
+    return nil, {'resume_token_not_found'}
+  end
+  local token = parse_resume_token(text)
+  return token, not token and {'damaged', TOKENS}
 end
 
 local function keep_resume_token(id, token)

@@ -11,19 +11,9 @@
 --
 -- Safe to send twice: see session.lua.
 
-if not state.status then
-  return {'not_found'}
-end
-if not tokens then
-  return {'damaged', TOKENS}
-end
-local text = tokens['resume:' .. ARGV[6]]
-if not text then
-  return {'resume_token_not_found'}
-end
-local token = parse_resume_token(text)
+local token, refusal = find_resume_token(ARGV[6])
 if not token then
-  return {'damaged', TOKENS}
+  return refusal
 end
 if token.digest ~= ARGV[7] or not is_open(token, tonumber(ARGV[9])) then
   return {'resume_token_not_found'}
