@@ -97,13 +97,15 @@ def digest_caller(caller: str) -> str:
 
 @lru_cache(maxsize=KNOWN_ADDRESSES)
 def caller_of_address(host: str | None) -> str:
-    """Name the caller at an address; None, as at a unix socket, is one caller.
+    """Name the caller at an address, as nobody else is named; None, a unix socket, is one caller.
 
     IPv6 is told apart by /64: no site gets less (RFC 6177), so every host has 2^64 to choose from.
     What is no address, as a proxy may say, is a name of its own.
     """
-    if host is None:
-        return "local"
+    return f"address:{'local' if host is None else _site_of(host)}"
+
+
+def _site_of(host: str) -> str:
     try:
         address = ip_address(host)
     except ValueError:

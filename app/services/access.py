@@ -95,7 +95,7 @@ class AccessService:
             self._generation = self._keyring.generation
             self._verified.clear()
         name, value = shown[0]
-        digest = hashlib.sha256(value).digest()
+        digest = hashlib.sha256(name + value).digest()
         principal = self._verified.get(digest)
         if principal is None:
             verify = self._verify_key if name == b"x-api-key" else self._verify_bearer
@@ -105,21 +105,26 @@ class AccessService:
 
     async def check_session(self, principal: Principal, session_id: str) -> None:
         """Raise `SessionNotFoundError` unless somebody may know that a session exists."""
-        owner = None
-        if principal.kind is Kind.USER:
-            owner = self._owners.get(session_id) or await self._find_owner(session_id)
+        if principal.kind is not Kind.USER:
+            if not is_theirs(principal, session_id, None):
+                raise NotTheirsError
+            return
+        owner = self._owners.get(session_id)
+        if owner is not None and is_theirs(principal, session_id, owner):
+            return
+        # What is foreign costs a look at the store each time, as what is unknown does.
+        owner = await self._find_owner(session_id)
         if not is_theirs(principal, session_id, owner):
             raise NotTheirsError
+        self._owners.put(session_id, owner, now_ms() + KEPT_MS)
 
     async def _find_owner(self, session_id: str) -> Owner:
         try:
-            owner = (await self._sessions.get(session_id)).owner
+            return (await self._sessions.get(session_id)).owner
         except CorruptRecordError as damage:
             # Nobody can be shown to own it; operators see what is wrong with it.
             log.warning("owner_not_read", session_id=session_id)
             raise NotTheirsError from damage
-        self._owners.put(session_id, owner, now_ms() + KEPT_MS)
-        return owner
 
     async def _verify_key(self, sent: bytes) -> tuple[Principal, int]:
         known = find_api_key(self._api_keys, sent)

@@ -84,7 +84,7 @@ def test_a_refusal_says_what_there_was_too_much_of_and_when_to_come_again() -> N
 def test_a_caller_is_an_address_or_the_network_that_no_site_has_less_of(
     host: str | None, caller: str
 ) -> None:
-    assert caller_of_address(host) == caller
+    assert caller_of_address(host) == f"address:{caller}"
 
 
 @given(network=st.integers(0, 2**64 - 1), hosts=st.lists(st.integers(0, 2**64 - 1), min_size=2))
