@@ -56,7 +56,7 @@ class AccessMiddleware:
             await self.app(scope, receive, send)
             return
         services = cast("AppState", scope["state"])["services"]
-        if self._operation.streams:
+        if self._operation.has_limit:
             await self._serve(services, scope, receive, send)
             return
         with services.in_flight:
