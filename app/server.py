@@ -21,9 +21,10 @@ log = structlog.get_logger()
 GRACE_S = 10
 """How long requests in flight may go on after the drain, in seconds."""
 
-LONGEST_SEGMENT = 1_000
-"""Where a longer segment of a path is cut, in bytes: nothing that we serve has one, and what is cut
-stays what it was, no id and no number. httptools reads no URL of 65,536 bytes or more."""
+LONGEST_SEGMENT = 1_600
+"""Where a longer segment of a path is cut, in bytes: nothing that we serve has one (a user's id has
+1,536 at most), and what is cut stays what it was, no id and no number. httptools reads no URL of
+65,536 bytes or more."""
 
 LONGEST_HEAD = 1024 * 1024
 """Longest request line and headers that are waited for, in bytes. Four reads of a socket: what

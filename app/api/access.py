@@ -27,7 +27,7 @@ from app.onboarding.sessions import is_public_id
 from app.services.access import AccessService
 from app.services.audit import AuditTrail
 from app.services.limits import Limiter, LimitReachedError
-from app.wiring import AppState, Services
+from app.wiring import AppState
 
 DONE = "done"
 """What the record says of a call that succeeded; of another it names the code."""
@@ -56,13 +56,8 @@ class AccessMiddleware:
             await self.app(scope, receive, send)
             return
         services = cast("AppState", scope["state"])["services"]
-        if self._operation.has_limit:
-            await self._serve(services, scope, receive, send)
-            return
-        with services.in_flight:
-            await self._serve(services, scope, receive, send)
-
-    async def _serve(self, services: Services, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._operation.has_limit:
+            services.in_flight.check()
         principal, refusal = await self._identify(services.access, scope)
         learn(principal=principal, session_id=_session_of(scope))
         caller = principal.identity or caller_of_address((scope.get("client") or (None,))[0])
@@ -127,6 +122,9 @@ class AccessMiddleware:
     def _note(self, trail: AuditTrail, failure: BaseException | None) -> None:
         """Put on record who was refused, what was done, and what may have been."""
         is_refused = isinstance(failure, AccessError | NotTheirsError)
+        if self._operation.access is Access.OPEN:
+            # Nobody is known who could have done anything but what succeeded.
+            is_refused = failure is not None
         # Where the store failed or the time was over, it may have been done all the same.
         is_undone = isinstance(failure, OnboardingError) and not isinstance(failure, StoreError)
         context = get_context()

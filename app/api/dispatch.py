@@ -89,6 +89,14 @@ class Endpoint:
         if self._operation.quiet:
             scope[QUIET] = True
         call = await _check(self._operation, scope, receive)
+        if self._operation.has_limit or self._operation.quiet:
+            await self._answer(call, scope, receive, send)
+            return
+        # From here on: whoever takes his time to send a body keeps nobody out.
+        with call.services.in_flight:
+            await self._answer(call, scope, receive, send)
+
+    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         if call.session_id:
             await call.services.access.check_session(call.principal, call.session_id)
         response = await self._operation.handler(call)

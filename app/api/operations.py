@@ -64,8 +64,8 @@ class Operation:
     their errors need not be listed in `errors`. `access` is what is asked of the caller. `query`
     describes further parameters by name, `headers` names headers that the operation reads itself.
 
-    A `quiet` one has no line in the log: probes. One that `has_limit` of its own, since it may last,
-    is none of the requests that are counted as being served. What is `audited` stays on record.
+    A `quiet` one has no line in the log: probes. One that `has_limit` of its own is none of the
+    requests that are counted as being served: it may last. What is `audited` stays on record.
     """
 
     methods: Sequence[str]

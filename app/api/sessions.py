@@ -84,7 +84,9 @@ async def reopen_session(call: Call) -> Response:
 
 async def delete_session(call: Call) -> Response:
     """Remove a session with all its answers."""
-    return call.answer(await call.manager.delete_session(call.session_id))
+    deleted = await call.manager.delete_session(call.session_id)
+    call.services.access.forget(call.session_id)
+    return call.answer(deleted)
 
 
 OPERATIONS = [

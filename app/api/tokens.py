@@ -59,7 +59,9 @@ async def list_resume_tokens(call: Call) -> Response:
 async def revoke_resume_token(call: Call) -> Response:
     """Revoke a resume token."""
     token_id = call.parameters["token_id"]
-    return call.answer(await call.services.tokens.revoke_resume_token(call.session_id, token_id))
+    revoked = await call.services.tokens.revoke_resume_token(call.session_id, token_id)
+    call.services.access.forget(call.session_id)
+    return call.answer(revoked)
 
 
 async def resume_session(call: Call) -> Response:
@@ -108,7 +110,7 @@ OPERATIONS = [
         handler=list_resume_tokens,
         name="list_resume_tokens",
         access=Access.EDIT,
-        summary="List the resume tokens whose time is not over, newest first",
+        summary="List the resume tokens that can be used, or revoked, newest first",
         tag="Resume",
         answers=[Answer(description="What can be told of them", schema=ResumeTokenList)],
         errors=["corrupt_record"],

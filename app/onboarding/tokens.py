@@ -88,7 +88,7 @@ class ResumeTokenView(TypedDict):
 
 
 class ResumeTokenList(TypedDict):
-    """The resume tokens of a session whose time is not over, newest first."""
+    """The resume tokens of a session that can be used, or revoked, newest first."""
 
     session_id: str
     resume_tokens: list[ResumeTokenView]

@@ -118,6 +118,11 @@ class AccessService:
             raise NotTheirsError
         self._owners.put(session_id, owner, now_ms() + KEPT_MS)
 
+    def forget(self, session_id: str) -> None:
+        """Look again, here, at who may open a session and whose it is."""
+        self._verified.forget_value(Principal(Kind.WIZARD, session_id))
+        self._owners.forget(session_id)
+
     async def _find_owner(self, session_id: str) -> Owner:
         try:
             return (await self._sessions.get(session_id)).owner
@@ -176,6 +181,13 @@ class _Remembered(Generic[K, V]):
         if len(self._known) >= self._most:
             del self._known[next(iter(self._known))]
         self._known[key] = (value, until_ms)
+
+    def forget(self, key: K) -> None:
+        self._known.pop(key, None)
+
+    def forget_value(self, value: V) -> None:
+        for key in [key for key, (known, _) in self._known.items() if known == value]:
+            del self._known[key]
 
     def clear(self) -> None:
         self._known.clear()

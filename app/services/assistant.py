@@ -6,6 +6,7 @@ bounded, so nothing that waits for a listener can pile up.
 """
 
 import asyncio
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -104,39 +105,66 @@ class AskLimits(NamedTuple):
 
 
 class Turns:
-    """Lets so many in at once; of the others some wait, first come, first served."""
+    """Lets so many in at once; of the others some wait.
+
+    A turn that ends goes to the session that had none for longest, to whoever waits longest there,
+    and no session has more than half of the places in the queue: a flood of one session holds up
+    others for as long as one turn lasts.
+    """
 
     def __init__(self, at_once: int, waiting: int) -> None:
-        self._free = asyncio.Semaphore(at_once)
-        self._most_waiting = waiting
-        self._waiting = 0
+        self._free = at_once
+        self._places = waiting
+        self._taken: Counter[str] = Counter()
+        self._lines: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @contextmanager
-    def queue(self) -> Iterator[None]:
+    def queue(self, session_id: str) -> Iterator[None]:
         """Stand in the queue for the length of a block. Raises `RateLimitedError` when it is full.
 
         What a question asks of the store before it has its turn is asked from here, so that a flood
         of questions is none for the store.
         """
-        if self._waiting >= self._most_waiting:
+        share = max(1, self._places // 2)
+        if self._taken.total() >= self._places or self._taken[session_id] >= share:
             raise RateLimitedError
-        self._waiting += 1
+        self._taken[session_id] += 1
         try:
             yield
         finally:
-            self._waiting -= 1
+            self._taken -= Counter([session_id])
 
-    async def take(self, limit_s: float) -> None:
+    async def take(self, session_id: str, limit_s: float) -> None:
         """Wait for a turn. Raises `RateLimitedError` when none comes in so many seconds."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._lines.setdefault(session_id, deque()).append(turn)
         try:
             async with asyncio.timeout(limit_s):
-                await self._free.acquire()
-        except TimeoutError:
-            raise RateLimitedError from None
+                await turn
+        except BaseException as ended:
+            if not turn.cancelled():
+                # It came just as it was given up.
+                self.give_back()
+            if isinstance(ended, TimeoutError):
+                raise RateLimitedError from None
+            raise
 
     def give_back(self) -> None:
         """End a turn."""
-        self._free.release()
+        while self._lines:
+            session_id, line = next(iter(self._lines.items()))
+            turn = line.popleft()
+            if not line:
+                del self._lines[session_id]
+            if not turn.done():
+                if line:
+                    self._lines.move_to_end(session_id)
+                turn.set_result(None)
+                return
+        self._free += 1
 
 
 class PerLoop(Generic[T]):
@@ -208,11 +236,11 @@ class AssistantService:
         check_session_id(session_id)
         check_question(question)
         turns = self._turns.get()
-        with turns.queue():
+        with turns.queue(session_id):
             session = await self._sessions.get(session_id)
             catalogue = await self._catalogues.get(session.pin)
             await self._claim()
-            await turns.take(min(WAIT_S, self._left_s() / 2))
+            await turns.take(session_id, min(WAIT_S, self._left_s() / 2))
         context = get_context()
         answering = Answering(
             self._factory,

@@ -217,16 +217,20 @@ class Limiter:
 
 
 class InFlight:
-    """Counts what a process is serving: `with in_flight` for as long as a request takes."""
+    """Counts what a process is serving: `with in_flight` for as long as that is."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._count = 0
 
-    def __enter__(self) -> None:
+    def check(self) -> None:
         """Raise `OverloadedError` when as many are being served as may be."""
         if self._count >= self._most:
             raise OverloadedError
+
+    def __enter__(self) -> None:
+        """Count one more. Raises `OverloadedError`."""
+        self.check()
         self._count += 1
 
     def __exit__(self, *_: object) -> None:

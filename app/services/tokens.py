@@ -103,7 +103,7 @@ class TokenService:
         return CreatedResumeToken(token_id=token_id, token=token, expires_at=rfc3339(expires_ms))
 
     async def list_resume_tokens(self, session_id: str) -> ResumeTokenList:
-        """Tell of the tokens whose time is not over, newest first."""
+        """Tell of the tokens that can be used, or revoked, newest first."""
         check_may_have_tokens(session_id)
         records = await self._store.list_open(session_id)
         return ResumeTokenList(

@@ -80,7 +80,7 @@ class TokenStore:
         Raises `InvalidRequestError` when too many wait to be used.
         """
         args: list[Argument] = [new.token_id, new.digest, new.lifetime_ms]
-        args += [MAX_OPEN_TOKENS, MAX_RESUME_TOKENS, REPEAT_MS, new.label]
+        args += [MAX_OPEN_TOKENS, MAX_RESUME_TOKENS, new.label]
         reply = await self._change("create_resume_token", session_id, args, at_ms)
         if reply.word == "too_many":
             raise InvalidRequestError(
@@ -90,14 +90,17 @@ class TokenStore:
         return int(reply.values[0])
 
     async def list_open(self, session_id: str) -> list[ResumeRecord]:
-        """Read the resume tokens whose time is not over, used ones included, newest first."""
+        """Read the resume tokens that can be used, or revoked, newest first.
+
+        One that was used can be revoked as long as it is remembered, since what it gave is good.
+        """
         keys = self._keys.session(session_id)
         reply = await self._gateway.evaluate("read_tokens", [*keys[:2], keys.tokens])
         if reply.word == "not_found":
             raise SessionNotFoundError
         now_ms, flat = int(reply.values[0]), reply.values[1]
         records = read_tokens(keys.tokens, dict(zip(flat[::2], flat[1::2], strict=True)))
-        left = [record for record in records if record.expires_ms > now_ms]
+        left = [each for each in records if each.used_ms is not None or each.expires_ms > now_ms]
         return sorted(left, key=lambda each: (each.created_ms, each.token_id), reverse=True)
 
     async def use(self, token: ResumeToken, session_digest: str, *, at_ms: int) -> Session:

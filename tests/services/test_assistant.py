@@ -393,7 +393,8 @@ async def test_so_many_run_at_once_some_wait_and_the_rest_are_refused(
     service = make(at_once=3)
     asking = [asyncio.create_task(service.ask(session_id, "wait")) for _ in range(50)]
     refused, waiting = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
-    while len(refused) < 50 - 3 * WAITING_PER_TURN:
+    # It has half of the queue.
+    while len(refused) < 50 - 3 * WAITING_PER_TURN // 2:
         more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         refused |= more
     assert {type(each.exception()) for each in refused} == {RateLimitedError}
@@ -401,7 +402,7 @@ async def test_so_many_run_at_once_some_wait_and_the_rest_are_refused(
 
     book.gate.set()
     answers = await asyncio.gather(*waiting)
-    assert len(answers) == 3 * WAITING_PER_TURN
+    assert len(answers) == 3 * WAITING_PER_TURN // 2
     assert book.most_running == 3
     assert (await service.ask(session_id, "quick"))["answer"] == "an answer"
 
@@ -425,28 +426,59 @@ async def test_a_wait_ends_within_half_of_the_requests_time(
 
 async def test_who_waits_longest_comes_first_and_who_gives_up_holds_nobody_up() -> None:
     turns = Turns(1, 5)
-    await turns.take(1)
     order: list[int] = []
 
     async def wait(number: int) -> None:
-        with turns.queue():
-            await turns.take(1)
+        with turns.queue("s" if number % 2 else "t"):
+            await turns.take("s" if number % 2 else "t", 1)
         order.append(number)
 
-    waiting = []
-    for number in range(5):
+    waiting = [asyncio.create_task(wait(0))]
+    await waiting[0]
+    for number in range(1, 5):
         waiting.append(asyncio.create_task(wait(number)))
         await asyncio.sleep(0)
-    with pytest.raises(RateLimitedError), turns.queue():
-        pass
-    waiting[1].cancel()
-    for _ in range(4):
+    waiting[2].cancel()
+    for _ in range(3):
         turns.give_back()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert order == [0, 2, 3, 4]
+    assert order == [0, 1, 4, 3]
     turns.give_back()
-    with turns.queue():
-        await turns.take(0)
+    await turns.take("s", 0)
+    # One that comes in the moment in which it is given up goes to the next.
+    last = asyncio.create_task(wait(5))
+    given_up = asyncio.create_task(wait(6))
+    await asyncio.sleep(0)
+    turns.give_back()
+    last.cancel()
+    await given_up
+    assert order[-1] == 6
+
+
+async def test_a_flood_of_one_session_leaves_places_and_the_next_turn_to_others() -> None:
+    turns = Turns(2, 8)
+    order: list[str] = []
+
+    async def wait(session_id: str) -> None:
+        with turns.queue(session_id):
+            await turns.take(session_id, 1)
+        order.append(session_id)
+
+    flood = [asyncio.create_task(wait("one")) for _ in range(9)]
+    await asyncio.sleep(0)
+    assert [type(each.exception()) for each in flood if each.done() and each.exception()] == [
+        RateLimitedError
+    ] * (9 - 2 - 4)
+    others = [asyncio.create_task(wait(name)) for name in ("two", "three", "two")]
+    await asyncio.sleep(0)
+    for _ in range(7):
+        turns.give_back()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    await asyncio.gather(*flood, *others, return_exceptions=True)
+    assert order == ["one"] * 3 + ["two", "three", "one", "two", "one", "one"]
 
 
 async def test_no_more_are_asked_within_a_second_than_may_be(

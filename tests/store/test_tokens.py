@@ -217,7 +217,7 @@ async def ids_of(place: Place, session_id: str) -> list[str]:
     return [record.token_id for record in await place.tokens.list_open(session_id)]
 
 
-async def test_resume_tokens_are_listed_newest_first_until_their_time_is_over(
+async def test_resume_tokens_are_listed_newest_first_while_of_use(
     fake: MakePlace, clock: time_machine.Traveller
 ) -> None:
     place = fake()
@@ -234,10 +234,14 @@ async def test_resume_tokens_are_listed_newest_first_until_their_time_is_over(
     assert listed[1] == ResumeRecord(token_id(1), "l 1  é", made_ms + 2000, ends[1], made_ms + 3000)
     clock.shift(98)
     assert await ids_of(place, session_id) == [token_id(2), token_id(1)]
-    clock.shift(200)
+    # The one that was used can be revoked as long as the session is there.
+    clock.shift(3600)
     assert await ids_of(place, session_id) == [token_id(1)]
-    clock.shift(1)
-    assert await ids_of(place, session_id) == []
+    assert await place.tokens.is_session_token(session_id, "0d")
+    await hand_over(place, session_id, 3)
+    await revoke(place, session_id, 1)
+    assert await ids_of(place, session_id) == [token_id(3)]
+    assert not await place.tokens.is_session_token(session_id, "0d")
 
 
 async def test_a_resume_token_is_no_event_and_no_change_but_renews_the_life(

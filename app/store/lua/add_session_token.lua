@@ -4,7 +4,7 @@
 -- KEYS  none of its own
 -- ARGV  6 digest of the token, 7 how many there may be: the oldest goes
 --
--- Returns {'ok'}, {'not_found'}, {'damaged', key} when there is no telling which tokens there are
+-- Returns {'ok'}
 --
 -- Safe to send twice: see session.lua.
 

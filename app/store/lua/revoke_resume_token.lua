@@ -4,13 +4,16 @@
 -- KEYS  none of its own
 -- ARGV  6 id of the token
 --
--- Returns {'ok'}, {'not_found'}, {'resume_token_not_found'}, {'damaged', key} when it cannot be read
+-- Returns {'ok'}, {'resume_token_not_found'}, {'damaged', key} when it cannot be read
 --
 -- Safe to send twice: see session.lua.
 
-local token, refusal = find_resume_token(ARGV[6])
+local token = find_resume_token(ARGV[6])
+if token == nil then
+  return {'resume_token_not_found'}
+end
 if not token then
-  return refusal
+  return {'damaged', TOKENS}
 end
 redis.call('HDEL', TOKENS, 'resume:' .. ARGV[6], 'session:' .. token.gave)
 return answer({'ok'})

@@ -59,14 +59,12 @@ local function parse_resume_token(text)
     used_ms = tonumber(used), gave = gave, label = label}
 end
 
--- Find a resume token; without one, give what is to be returned.
+-- Find a resume token: nil when there is none, false when it cannot be read.
 local function find_resume_token(id)
   local text = tokens['resume:' .. id]
-  if not text then
-    return nil, {'resume_token_not_found'}
+  if text then
+    return parse_resume_token(text) or false
   end
-  local token = parse_resume_token(text)
-  return token, not token and {'damaged', TOKENS}
 end
 
 local function keep_resume_token(id, token)

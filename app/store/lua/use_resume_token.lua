@@ -5,15 +5,18 @@
 -- ARGV  6 id of the token, 7 its digest, 8 digest of the session token that it gives, 9 for how many ms
 --       after its first use it may be used again, 10 how many session tokens there may be
 --
--- Returns {'ok', metadata, progress} with the hashes as field and value lists, {'not_found'},
+-- Returns {'ok', metadata, progress} with the hashes as field and value lists,
 --         {'resume_token_not_found'} when there is none of this id and digest, its time is over, or it
 --         was used longer ago, {'damaged', key} when it cannot be read
 --
 -- Safe to send twice: see session.lua.
 
-local token, refusal = find_resume_token(ARGV[6])
+local token = find_resume_token(ARGV[6])
+if token == nil then
+  return {'resume_token_not_found'}
+end
 if not token then
-  return refusal
+  return {'damaged', TOKENS}
 end
 if token.digest ~= ARGV[7] or not is_open(token, tonumber(ARGV[9])) then
   return {'resume_token_not_found'}
