@@ -64,6 +64,7 @@ STATUSES = {
     "internal_error": 500,
     "corrupt_record": 500,
     "store_unavailable": 503,
+    "overloaded": 503,
     "capacity_reached": 503,
     "store_full": 503,
     "deadline_exceeded": 504,
