@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ from app import __version__
 from app.api.operations import Answer, Body, Operation, Schema, Stream
 from app.api.problems import KINDS, MEDIA_TYPE
 from app.errors import Fault
+from app.onboarding.access import Access
 from app.onboarding.tasks import ID_PATTERN
 
 OPENAPI_PATH = "/openapi.json"
@@ -61,11 +63,12 @@ def describe_operations(operations: Sequence[Operation]) -> bytes:
             "responses": {
                 f"Problem{status}": {
                     "description": description,
-                    "headers": _refer_headers(["X-Request-ID"]),
+                    "headers": _refer_headers(_problem_headers(status)),
                     "content": {MEDIA_TYPE: {"schema": problem}},
                 }
                 for status, description in _problem_descriptions().items()
             },
+            "securitySchemes": _SECURITY_SCHEMES,
         },
     }
     return orjson.dumps(document)
@@ -92,7 +95,10 @@ def codes_of(operation: Operation) -> list[str]:
         codes += ["payload_too_large", "unsupported_media_type"]
     if isinstance(operation.body, Body):
         codes.append("malformed_json")
+    if operation.access is not Access.OPEN:
+        codes += ["unauthenticated", "forbidden"]
     if "/api/" in operation.path:
+        codes.append("rate_limited")
         codes += ["store_unavailable", "overloaded", "deadline_exceeded", "internal_error"]
         if any(method != "GET" for method in operation.methods):
             codes += ["store_full", "store_readonly"]
@@ -128,12 +134,20 @@ def _describe(operation: Operation, method: str, schemas: _Schemas) -> dict[str,
         "operationId": operation.name + suffix,
         "summary": operation.summary,
         "tags": [operation.tag],
+        "security": _security(operation.access),
         "parameters": _parameters(operation),
         "responses": _responses(operation, schemas),
     }
     if operation.body is not None:
         described["requestBody"] = _request_body(operation.body, schemas)
     return described
+
+
+def _security(access: Access) -> list[dict[str, list[str]]]:
+    """Describe who may call an operation: each entry is one way, with what it takes in brackets."""
+    kinds, scopes = access.value
+    people = [{"bearer": [kind.value]} for kind in sorted(kinds)]
+    return people + [{"api_key": [scope.value]} for scope in sorted(scopes)]
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
@@ -161,7 +175,10 @@ def _request_body(body: Body | Stream, schemas: _Schemas) -> dict[str, Any]:
 
 
 def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
-    responses = {str(answer.status): _answer(answer, schemas) for answer in operation.answers}
+    limited = _LIMITS if "/api/" in operation.path else ()
+    responses = {
+        str(answer.status): _answer(answer, limited, schemas) for answer in operation.answers
+    }
     statuses: dict[int, list[str]] = {}
     for code in codes_of(operation):
         statuses.setdefault(KINDS[code].status, []).append(code)
@@ -170,10 +187,10 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     return responses
 
 
-def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
+def _answer(answer: Answer, limited: Sequence[str], schemas: _Schemas) -> dict[str, Any]:
     described: dict[str, Any] = {
         "description": answer.description,
-        "headers": _refer_headers([*answer.headers, "X-Request-ID"]),
+        "headers": _refer_headers([*answer.headers, *limited, "X-Request-ID"]),
     }
     if answer.schema is not None:
         schema = schemas.refer(answer.schema)
@@ -183,6 +200,14 @@ def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
 
 def _refer_headers(names: Sequence[str]) -> dict[str, Any]:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _problem_headers(status: int) -> list[str]:
+    names = ["WWW-Authenticate"] if status == HTTPStatus.UNAUTHORIZED else []
+    kinds = [kind for kind in KINDS.values() if kind.status == status]
+    if any(kind.retry_after_s is not None for kind in kinds):
+        names.append("Retry-After")
+    return [*names, *_LIMITS, "X-Request-ID"]
 
 
 def _problem_descriptions() -> dict[int, str]:
@@ -201,7 +226,27 @@ beside the sessions: they say what is going on with a short.
 
 Errors are `application/problem+json`. Every answer carries `X-Request-ID`. A write that may have to
 be sent again takes an `Idempotency-Key`; a change that must not overwrite another takes `If-Match`.
+
+Where access control is off, everybody may call everything, and shows nothing. Where it is on, a
+wizard shows the token of its session, a user that of an identity provider, and a machine a key; a
+session of somebody else is answered as one that is not there. How much may still be asked for is
+said in `RateLimit`.
 """
+
+_SECURITY_SCHEMES: dict[str, Any] = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "`wizard`: the `session_token` of a session, which opens that one. `user`: "
+        "a JWT of the identity provider, which opens the sessions of that user",
+    },
+    "api_key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "X-API-Key",
+        "description": "The key of a machine, which has scopes: `sessions`, `generator`, `admin`",
+    },
+}
 
 
 def _parameter(name: str, where: str, description: str, pattern: str) -> dict[str, Any]:
@@ -249,6 +294,10 @@ _PARAMETERS: dict[str, Any] = {
     ),
 }
 
+_LIMITS = ("RateLimit", "RateLimit-Policy")
+"""Headers of every answer, as long as limits are set and the store can tell how the caller stands.
+"""
+
 _HEADERS: dict[str, Any] = {
     name: {"description": description, "schema": {"type": "string"}}
     for name, description in {
@@ -256,6 +305,10 @@ _HEADERS: dict[str, Any] = {
         "Content-Disposition": "`attachment`, with the file name",
         "Location": "The path of the session",
         "Idempotent-Replayed": "`true` when this is the first answer again",
+        "RateLimit": 'What is left of each limit, and when there is more: `"requests";r=597;t=1`',
+        "RateLimit-Policy": 'The limits: `"requests";q=600;w=60` is 600 a minute',
+        "Retry-After": "When to try again, in seconds",
+        "WWW-Authenticate": '`Bearer`; with `error="invalid_token"` when what was shown was wrong',
         "X-Request-ID": "The name of the request in the log",
     }.items()
 }

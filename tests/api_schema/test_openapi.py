@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
@@ -12,6 +13,7 @@ from app import __version__
 from app.api.operations import Operation
 from app.api.problems import KINDS
 from app.api.routes import OPERATIONS
+from app.onboarding.access import Access, Kind, Scope
 from tests.api_schema.walk import described, resolve, validator_of
 from tests.service import BASE
 
@@ -30,6 +32,8 @@ ADMIN = "/api/v1/admin"
 RECOVER = f"{ADMIN}/sessions/{{id}}/recover"
 TASK = TASKS + "/task/{task_id}"
 SHORT = TASKS + "/{short_id}"
+
+LIMITS = ("RateLimit", "RateLimit-Policy")
 
 STORE = {"store_unavailable", "overloaded", "store_full", "store_readonly", "deadline_exceeded"}
 BODY = {"malformed_json", "payload_too_large", "unsupported_media_type"}
@@ -200,6 +204,35 @@ def test_an_operation_describes_what_it_takes(operation: Operation) -> None:
         assert in_query == {name for name, _, _ in operation.query}
         assert ("requestBody" in written) == (operation.body is not None)
         assert all(each["description"] for each in parameters.values())
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
+def test_an_operation_describes_who_may_call_it_and_how_often(operation: Operation) -> None:
+    asks, limits = operation.access is not Access.OPEN, operation.path.startswith("/api/")
+    for method in operation.methods:
+        written = operations()[(method, operation.path)]
+        ways = {(scheme, who) for way in written["security"] for scheme, [who] in way.items()}
+        kinds, scopes = operation.access.value
+        assert ways == {*(("bearer", kind) for kind in kinds), *(("api_key", s) for s in scopes)}
+        assert len(ways) == len(written["security"])
+        responses = {status: resolve(each) for status, each in written["responses"].items()}
+        assert ({"401", "403"} <= set(responses)) == asks
+        assert ("429" in responses) == limits
+        if asks:
+            assert "WWW-Authenticate" in responses["401"]["headers"]
+        if limits:
+            assert "Retry-After" in responses["429"]["headers"]
+            assert all(set(LIMITS) <= set(each["headers"]) for each in responses.values())
+
+
+def test_the_document_says_what_everybody_shows() -> None:
+    schemes = described()["components"]["securitySchemes"]
+    assert {(each["type"], each.get("scheme"), each.get("name")) for each in schemes.values()} == {
+        ("http", "bearer", None),
+        ("apiKey", None, "X-API-Key"),
+    }
+    shown = " ".join(each["description"] for each in schemes.values())
+    assert all(f"`{who}`" in shown for who in (Kind.WIZARD, Kind.USER, *Scope))
 
 
 def test_a_body_is_json_but_for_a_merge_patch_a_form_and_a_result_that_may_be_anything() -> None:
@@ -480,7 +513,10 @@ class Walker:
         described_as = resolve(operation["responses"][str(response.status_code)])
         headers = set(described_as["headers"])
         assert "x-request-id" in response.headers
-        for name in ("ETag", "Location", "Idempotent-Replayed", "Content-Disposition"):
+        for name in (
+            *("ETag", "Location", "Idempotent-Replayed", "Content-Disposition"),
+            *("Retry-After", "WWW-Authenticate", *LIMITS),
+        ):
             if name in response.headers:
                 assert name in headers
         for name in headers - {"Idempotent-Replayed"}:
@@ -634,8 +670,10 @@ async def walk_as_an_operator(walk: Walker) -> None:
     await walk("POST", f"{ADMIN}/cleanup", 200, json={"status": "error", "dry_run": True})
 
 
-async def test_every_answer_of_a_walk_is_as_the_document_describes_it(api: AsyncClient) -> None:
-    walk = Walker(api)
+async def test_every_answer_of_a_walk_is_as_the_document_describes_it(
+    serve: Callable[..., Any],
+) -> None:
+    walk = Walker(await serve(rate_limit="1000/minute"))
     await walk("GET", f"{BASE}/steps", 200)
     made = await walk(
         "POST",
