@@ -401,8 +401,19 @@ class StoreUnavailableError(StoreError):
 
     code = "store_unavailable"
 
+    def __init__(
+        self, detail: str = "The store does not answer at the moment; try again shortly"
+    ) -> None:
+        super().__init__(detail)
+
+
+class KeysUnavailableError(StoreUnavailableError):
+    """What tokens of users are verified with could not be fetched yet."""
+
     def __init__(self) -> None:
-        super().__init__("The store does not answer at the moment; try again shortly")
+        super().__init__(
+            "What verifies the tokens of users cannot be reached at the moment; try again shortly"
+        )
 
 
 class StoreFullError(StoreError):

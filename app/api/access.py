@@ -4,6 +4,7 @@ from typing import cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.headers import describe_policies, describe_standings
 from app.api.middleware import HEADERS
 from app.api.operations import Operation
 from app.context import get_context, learn
@@ -13,46 +14,37 @@ from app.errors import (
     OnboardingError,
     ResumeTokenNotFoundError,
     SessionNotFoundError,
-    StoreError,
     UnauthenticatedError,
 )
 from app.onboarding.access import NOBODY, Access, Principal, check_access
-from app.onboarding.limits import (
-    Standing,
-    caller_of_address,
-    describe_policies,
-    describe_standings,
-)
+from app.onboarding.audit import Lane
+from app.onboarding.limits import Standing, caller_of_address
 from app.onboarding.sessions import is_public_id
 from app.services.access import AccessService
 from app.services.audit import AuditTrail
 from app.services.limits import Limiter, LimitReachedError
 from app.wiring import AppState
 
-DONE = "done"
-"""What the record says of a call that succeeded; of another it names the code."""
-
-INTERRUPTED = "interrupted"
-"""What it says of one that was cut short: by its deadline, or by a crash."""
-
 
 class AccessMiddleware:
     """Lets a request through to its operation when whoever sent it may, as often as they may.
 
-    Raises `UnauthenticatedError`, `ForbiddenError`, `RateLimitedError`, `OverloadedError`. What was
-    refused, and what is `audited`, stays on record.
+    Raises `UnauthenticatedError`, `ForbiddenError`, `RateLimitedError`, `OverloadedError`. Who was
+    not let in stays on record.
     """
 
     def __init__(self, app: ASGIApp, operation: Operation) -> None:
         self.app = app
         self._operation = operation
-        self._is_guarded = operation.path.startswith("/api/")
-        self._may_guess = "{id}" in operation.path or operation.access is Access.OPEN
+        is_open = operation.access is Access.OPEN
+        # What may be guessed: the id of a session, or a token that opens one.
+        self._may_guess = is_open or "{id}" in operation.path
+        self._miss = ResumeTokenNotFoundError if is_open else SessionNotFoundError
+        self._refusals = (AccessError, ResumeTokenNotFoundError if is_open else NotTheirsError)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if not self._is_guarded:
-            # Probes and documentation: nobody is looked at.
+        if self._operation.access is Access.PUBLIC:
             await self.app(scope, receive, send)
             return
         services = cast("AppState", scope["state"])["services"]
@@ -61,16 +53,13 @@ class AccessMiddleware:
         principal, refusal = await self._identify(services.access, scope)
         learn(principal=principal, session_id=_session_of(scope))
         caller = principal.identity or caller_of_address((scope.get("client") or (None,))[0])
-        failure: BaseException | None = None
         try:
             await self._count(services.limiter, caller, scope)
             self._check(principal, refusal)
             await self._call(services.limiter, caller, scope, receive, send)
-        except BaseException as raised:
-            failure = raised
+        except self._refusals as refused:
+            self._note(services.audit, refused)
             raise
-        finally:
-            self._note(services.audit, failure)
 
     async def _identify(
         self, access: AccessService, scope: Scope
@@ -109,35 +98,22 @@ class AccessMiddleware:
             raise refusal
         check_access(self._operation.access, principal)
 
+    def _note(self, trail: AuditTrail, refused: OnboardingError) -> None:
+        """Put on record that somebody was not let in."""
+        context = get_context()
+        if context is not None:
+            who, session_id = str(context.principal), context.session_id
+            trail.record(who, self._operation.name, session_id, refused.code, Lane.REFUSED)
+
     async def _call(
         self, limiter: Limiter, caller: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
         try:
             await self.app(scope, receive, send)
-        except (SessionNotFoundError, ResumeTokenNotFoundError):
+        except self._miss:
             # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
             await limiter.count_miss(caller)
             raise
-
-    def _note(self, trail: AuditTrail, failure: BaseException | None) -> None:
-        """Put on record who was refused, what was done, and what may have been."""
-        is_refused = isinstance(failure, AccessError | NotTheirsError)
-        if self._operation.access is Access.OPEN:
-            # Nobody is known who could have done anything but what succeeded.
-            is_refused = failure is not None
-        # Where the store failed or the time was over, it may have been done all the same.
-        is_undone = isinstance(failure, OnboardingError) and not isinstance(failure, StoreError)
-        context = get_context()
-        if context is None or not (is_refused or (self._operation.audited and not is_undone)):
-            return
-        outcome = DONE if failure is None else getattr(failure, "code", INTERRUPTED)
-        trail.record(
-            str(context.principal),
-            self._operation.name,
-            context.session_id,
-            outcome,
-            refused=is_refused,
-        )
 
 
 def _session_of(scope: Scope) -> str | None:

@@ -14,7 +14,7 @@ from starlette.types import Scope
 from app.api.headers import EntityTags
 from app.api.streaming import Content
 from app.errors import Fault, InvalidRequestError, InvalidStepDataError
-from app.onboarding.access import Principal
+from app.onboarding.access import ANYONE, Principal
 from app.onboarding.documents import Document, json_pointer
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.steps import Precondition
@@ -50,8 +50,10 @@ class Call:
         return Headers(scope=self.scope)
 
     @property
-    def credential(self) -> bytes:
-        """What was shown to say who sends the request."""
+    def credential(self) -> bytes | None:
+        """What was shown to say who sends the request; None where access control is off."""
+        if self.principal is ANYONE:
+            return None
         shown = self.headers.get("authorization") or self.headers.get("x-api-key") or ""
         return shown.encode("latin-1")
 

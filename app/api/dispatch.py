@@ -1,6 +1,7 @@
 """From a request to a call: path, headers and body are checked, in this order.
 
-Nothing here asks the store: a request that is refused here has cost it nothing.
+Until then nothing asks the store, unless who sends it has to be looked up. Then it is asked whose
+the session is, and the handler does the rest.
 """
 
 import asyncio
@@ -30,10 +31,13 @@ from app.errors import (
     Fault,
     InvalidRequestError,
     InvalidStepDataError,
+    OnboardingError,
     SessionNotFoundError,
+    StoreError,
     TaskNotFoundError,
 )
-from app.onboarding.access import NOBODY
+from app.onboarding.access import NOBODY, Access
+from app.onboarding.audit import Lane
 from app.onboarding.catalogue import parse_step_id
 from app.onboarding.documents import Document
 from app.onboarding.idempotency import IdempotentRequest
@@ -42,6 +46,12 @@ from app.onboarding.tasks import check_short_id, is_task_id
 from app.onboarding.tokens import check_token_id
 from app.settings import Settings
 from app.wiring import AppState
+
+DONE = "done"
+"""What the record says of a call that succeeded; of one that the store failed it names the code."""
+
+INTERRUPTED = "interrupted"
+"""What it says of a call that was cut short: by a client that left, its deadline, or a crash."""
 
 OTHER_BODY_BYTES = 64 * 1024
 """Largest body where the settings name no limit of its own, in bytes."""
@@ -99,8 +109,36 @@ class Endpoint:
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         if call.session_id:
             await call.services.access.check_session(call.principal, call.session_id)
+        if self._operation.audited:
+            await self._recorded(call, scope, receive, send)
+        else:
+            await self._handle(call, scope, receive, send)
+
+    async def _handle(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._operation.handler(call)
         await response(scope, receive, send)
+
+    async def _recorded(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle what stays on record when it was done, or may have been."""
+        outcome: str | None = INTERRUPTED
+        try:
+            await self._handle(call, scope, receive, send)
+            outcome = DONE
+        except OnboardingError as failure:
+            # Where the store failed, it may have been done all the same.
+            outcome = failure.code if isinstance(failure, StoreError) else None
+            raise
+        finally:
+            context = get_context()
+            if outcome is not None and context is not None:
+                operates = self._operation.access is Access.OPERATE
+                call.services.audit.record(
+                    str(call.principal),
+                    self._operation.name,
+                    context.session_id,
+                    outcome,
+                    Lane.OPERATED if operates else Lane.DONE,
+                )
 
 
 def _check_task(task_id: str) -> None:

@@ -12,6 +12,7 @@ from app.api.calls import Call
 from app.api.operations import Answer, Operation
 from app.api.streaming import BEAT, EVENT_STREAM, Outlet, write_event
 from app.clock import monotonic_s
+from app.errors import AccessError, NotTheirsError, OnboardingError
 from app.onboarding.access import Access
 from app.onboarding.cursors import parse_limit
 from app.onboarding.events import EVENT_TYPES, MAX_EVENTS, EventList
@@ -46,8 +47,9 @@ async def list_events(call: Call) -> Response:
 class EventStream:
     """A stream of server-sent events, as long as its follower follows and its client listens."""
 
-    def __init__(self, follower: Follower) -> None:
+    def __init__(self, follower: Follower, call: Call) -> None:
         self._follower = follower
+        self._call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what there is, wait for more, until either side ends it."""
@@ -65,9 +67,14 @@ class EventStream:
     async def _stream(self, outlet: Outlet) -> None:
         follower = self._follower
         until_s = monotonic_s() + OLDEST_S * random.uniform(0.9, 1.0)  # noqa: S311
+        look_again_s = monotonic_s() + BEAT_S
         await outlet.write(_retry())
         was_woken = True
         while True:
+            if monotonic_s() >= look_again_s:
+                look_again_s += BEAT_S
+                if not await self._may_go_on():
+                    return
             messages = await follower.look()
             if messages:
                 await outlet.write(_write(messages))
@@ -84,6 +91,20 @@ class EventStream:
             if follower.is_over:
                 return
 
+    async def _may_go_on(self) -> bool:
+        """Say whether whoever follows may still: what they showed may be good no more."""
+        access, session_id = self._call.services.access, self._call.session_id
+        try:
+            principal = await access.identify(self._call.scope["headers"])
+            await access.check_session(principal, session_id)
+        except (AccessError, NotTheirsError):
+            return False
+        except OnboardingError:
+            # A store that is away is no reason to send anybody away; a session that is gone ends
+            # the stream by itself.
+            return True
+        return principal == self._call.principal
+
     async def _leave(self, receive: Receive) -> None:
         """Wait until the client goes away."""
         while (await receive())["type"] != "http.disconnect":
@@ -94,7 +115,7 @@ class EventStream:
 async def stream_events(call: Call) -> EventStream:
     """Follow the log live."""
     last = call.headers.get("last-event-id")
-    return EventStream(await call.services.events.follow(call.session_id, last))
+    return EventStream(await call.services.events.follow(call.session_id, last), call)
 
 
 def _write(messages: Sequence[Message]) -> bytes:

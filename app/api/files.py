@@ -15,7 +15,7 @@ from app.api.streaming import Content, Outlet
 from app.api.uploads import FORM_BYTES, UploadForm
 from app.context import learn
 from app.errors import AbsentError, ResultNotFoundError, StoreError, UploadNotFoundError
-from app.onboarding.access import ANYONE, Access, claim
+from app.onboarding.access import Access, claim
 from app.onboarding.files import FileKind, FileView, UploadedView, clean_filename
 from app.onboarding.generation import check_run
 from app.services.files import NOBODYS, OpenedFile
@@ -38,7 +38,7 @@ class ResultBody:
 async def upload(call: Call) -> Response:
     """Make a session with a file."""
     form = UploadForm(call.headers.get("content-type"), call.incoming())
-    first = None if call.principal is ANYONE else draw_first_token(call.credential)
+    first = draw_first_token(call.credential)
     owner = claim(call.principal, NOBODYS)
     view = await call.services.files.begin_session(form, owner=owner, first=first)
     learn(session_id=view["session_id"])
@@ -119,7 +119,9 @@ async def _download(call: Call, kind: FileKind, absent: Callable[[], AbsentError
 _ANYTHING: dict[str, Any] = {}
 
 
-def _downloads(path: str, name: str, summary: str, handler: Any, error: str) -> Operation:
+def _downloads(
+    path: str, name: str, summary: str, handler: Any, error: str, *, audited: bool = True
+) -> Operation:
     return Operation(
         methods=["GET"],
         path=path,
@@ -127,7 +129,7 @@ def _downloads(path: str, name: str, summary: str, handler: Any, error: str) -> 
         name=name,
         access=Access.FOLLOW,
         has_limit=True,
-        audited=name != "get_upload",
+        audited=audited,
         summary=summary,
         tag="Files",
         preconditions=["If-None-Match"],
@@ -184,6 +186,7 @@ OPERATIONS = [
     _downloads(
         *(_SESSION + "/upload", "get_upload", "Fetch the file that the session began with"),
         *(get_upload, "upload_not_found"),
+        audited=False,
     ),
     Operation(
         methods=["POST"],

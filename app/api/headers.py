@@ -1,12 +1,14 @@
 """Headers to values, and back: tags, Idempotency-Key, media types, file names, request ids."""
 
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from app.errors import InvalidHeaderError, InvalidIdempotencyKeyError, UnsupportedMediaTypeError
 from app.onboarding.files import ANY_TYPE, is_media_type
+from app.onboarding.limits import Standing
 from app.onboarding.steps import Tags
 
 
@@ -157,3 +159,17 @@ _TAG_LIST = re.compile(rf"(?:,[ \t]*)*{_TAG.pattern}(?:[ \t]*,(?:[ \t]*{_TAG.pat
 
 _PARAMETER = re.compile(r';[ \t]*([^\s=;"]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^;"]*)')
 _EXTENDED = re.compile(r"(?i)(utf-8|iso-8859-1)'[^']*'(\S*)")
+
+
+# The fields are those of draft-ietf-httpapi-ratelimit-headers-10: lists of strings with parameters
+# (RFC 9651). Its t is the time until there is more, not until all is there again.
+
+
+def describe_policies(standings: Iterable[Standing]) -> str:
+    """Write the field RateLimit-Policy: `"requests";q=600;w=60`."""
+    return ", ".join(f'"{p}";q={limit.quota};w={limit.window_s}' for p, limit, _, _ in standings)
+
+
+def describe_standings(standings: Iterable[Standing]) -> str:
+    """Write the field RateLimit: `"requests";r=597;t=1`."""
+    return ", ".join(f'"{policy}";r={left};t={t}' for policy, _, left, t in standings)

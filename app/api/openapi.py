@@ -14,7 +14,7 @@ from app import __version__
 from app.api.operations import Answer, Body, Operation, Schema, Stream
 from app.api.problems import KINDS, MEDIA_TYPE
 from app.errors import Fault
-from app.onboarding.access import Access
+from app.onboarding.access import MAY, Access, Scope
 from app.onboarding.tasks import ID_PATTERN
 
 OPENAPI_PATH = "/openapi.json"
@@ -95,7 +95,7 @@ def codes_of(operation: Operation) -> list[str]:
         codes += ["payload_too_large", "unsupported_media_type"]
     if isinstance(operation.body, Body):
         codes.append("malformed_json")
-    if operation.access is not Access.OPEN:
+    if operation.access in MAY:
         codes += ["unauthenticated", "forbidden"]
     if "/api/" in operation.path:
         codes.append("rate_limited")
@@ -145,9 +145,8 @@ def _describe(operation: Operation, method: str, schemas: _Schemas) -> dict[str,
 
 def _security(access: Access) -> list[dict[str, list[str]]]:
     """Describe who may call an operation: each entry is one way, with what it takes in brackets."""
-    kinds, scopes = access.value
-    people = [{"bearer": [kind.value]} for kind in sorted(kinds)]
-    return people + [{"api_key": [scope.value]} for scope in sorted(scopes)]
+    who = sorted(MAY.get(access, ()), key=lambda each: (isinstance(each, Scope), each))
+    return [{"api_key" if isinstance(each, Scope) else "bearer": [each.value]} for each in who]
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:

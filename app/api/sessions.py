@@ -9,7 +9,7 @@ from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
 from app.context import learn
 from app.errors import InvalidRequestError
-from app.onboarding.access import ANYONE, Access, claim
+from app.onboarding.access import Access, claim
 from app.onboarding.cursors import parse_limit
 from app.onboarding.sessions import (
     MAX_OWNER_LENGTH,
@@ -46,12 +46,9 @@ async def create_session(call: Call) -> Response:
     asked = Owner(wanted.workspace_id, wanted.user_id, wanted.language, custom)
     owner = claim(call.principal, asked)
     check_owner(owner.workspace_id, owner.user_id, owner.language, workspace_required=True)
-    if call.principal is ANYONE:
-        view: SessionView = await call.manager.begin_session(owner, request=call.idempotent)
-    else:
-        view = await call.services.tokens.begin_session(
-            owner, credential=call.credential, request=call.idempotent
-        )
+    view = await call.services.tokens.begin_session(
+        owner, credential=call.credential, request=call.idempotent
+    )
     learn(session_id=view["session_id"])
     location = f"/api/v1/onboarding/{view['session_id']}"
     return call.answer(view, 201, {"location": location})
@@ -84,9 +81,7 @@ async def reopen_session(call: Call) -> Response:
 
 async def delete_session(call: Call) -> Response:
     """Remove a session with all its answers."""
-    deleted = await call.manager.delete_session(call.session_id)
-    call.services.access.forget(call.session_id)
-    return call.answer(deleted)
+    return call.answer(await call.manager.delete_session(call.session_id))
 
 
 OPERATIONS = [

@@ -60,7 +60,7 @@ async def revoke_resume_token(call: Call) -> Response:
     """Revoke a resume token."""
     token_id = call.parameters["token_id"]
     revoked = await call.services.tokens.revoke_resume_token(call.session_id, token_id)
-    call.services.access.forget(call.session_id)
+    call.services.access.forget_tokens(call.session_id)
     return call.answer(revoked)
 
 

@@ -3,9 +3,9 @@
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum, StrEnum, unique
+from enum import Enum, StrEnum, auto
 from typing import NamedTuple
 
 from app.errors import ForbiddenError, UnauthenticatedError
@@ -73,73 +73,73 @@ NOBODY = Principal(Kind.NOBODY)
 ANYONE = Principal(Kind.ANYONE)
 
 
-class Permission(NamedTuple):
-    """Who may do something: people by what they are, machines by their scopes."""
-
-    kinds: frozenset[Kind]
-    scopes: frozenset[Scope]
-
-
-def _by(*who: Kind | Scope) -> Permission:
-    kinds = frozenset(each for each in who if isinstance(each, Kind))
-    return Permission(kinds, frozenset(each for each in who if isinstance(each, Scope)))
-
-
-@unique
 class Access(Enum):
     """What an operation asks of whoever calls it. Every operation has one of these.
 
     Where a session is named, it must be theirs as well: see `is_theirs`.
     """
 
-    OPEN = _by()
-    """Nothing is asked, and nobody is looked at: probes, documentation, tokens that are sent in a
-    body."""
+    PUBLIC = auto()
+    """Nothing, and nobody is counted: probes, documentation."""
 
-    ANY = _by(Kind.WIZARD, Kind.USER, Scope.SESSIONS, Scope.GENERATOR, Scope.ADMIN)
-    """What is the same for everybody who is somebody."""
+    OPEN = auto()
+    """Nothing: what is sent is what opens."""
 
-    CREATE = _by(Kind.USER, Scope.SESSIONS)
+    ANY = auto()
+    """To be somebody: it is the same for all."""
+
+    CREATE = auto()
     """Begin a session."""
 
-    OWN = _by(Kind.USER)
+    OWN = auto()
     """List one's own."""
 
-    EDIT = _by(Kind.WIZARD, Kind.USER, Scope.SESSIONS)
+    EDIT = auto()
     """The answers of a session, and its life."""
 
-    FOLLOW = _by(Kind.WIZARD, Kind.USER, Scope.SESSIONS, Scope.GENERATOR)
+    FOLLOW = auto()
     """What a generator reads, and what becomes of it."""
 
-    REPORT = _by(Kind.WIZARD, Kind.USER, Scope.GENERATOR)
+    REPORT = auto()
     """What a generator says."""
 
-    TASKS = _by(Scope.GENERATOR)
+    TASKS = auto()
     """The tasks beside the sessions."""
 
-    OPERATE = _by(Scope.ADMIN)
+    OPERATE = auto()
     """Everything at once, by operators."""
+
+
+MAY: Mapping[Access, frozenset[Kind | Scope]] = {
+    access: frozenset(who)
+    for access, who in {
+        Access.ANY: (Kind.WIZARD, Kind.USER, *Scope),
+        Access.CREATE: (Kind.USER, Scope.SESSIONS),
+        Access.OWN: (Kind.USER,),
+        Access.EDIT: (Kind.WIZARD, Kind.USER, Scope.SESSIONS),
+        Access.FOLLOW: (Kind.WIZARD, Kind.USER, Scope.SESSIONS, Scope.GENERATOR),
+        Access.REPORT: (Kind.WIZARD, Kind.USER, Scope.GENERATOR),
+        Access.TASKS: (Scope.GENERATOR,),
+        Access.OPERATE: (Scope.ADMIN,),
+    }.items()
+}
+"""Who may: people by what they are, machines by a scope that they have."""
 
 
 def check_access(access: Access, principal: Principal) -> None:
     """Raise `UnauthenticatedError` for nobody, `ForbiddenError` for somebody who may not."""
-    if access is Access.OPEN or principal.kind is Kind.ANYONE:
+    if access not in MAY or principal.kind is Kind.ANYONE:
         return
     if principal.kind is Kind.NOBODY:
         raise UnauthenticatedError
-    kinds, scopes = access.value
-    if principal.kind in kinds or not scopes.isdisjoint(principal.scopes):
+    who = MAY[access]
+    if principal.kind in who or not who.isdisjoint(principal.scopes):
         return
-    raise ForbiddenError(_lack(access, principal))
-
-
-def _lack(access: Access, principal: Principal) -> str:
-    kinds, scopes = access.value
-    if principal.kind is Kind.MACHINE and scopes:
-        names = " or ".join(sorted(scopes))
-        return f"This API key lacks a scope: {names}"
-    able = [*sorted(f"a {kind}" for kind in kinds), *(f"the scope {scope}" for scope in scopes)]
-    return f"Not with these credentials: this takes {' or '.join(able)}"
+    if principal.kind is Kind.MACHINE:
+        scopes = " or ".join(sorted(each for each in who if isinstance(each, Scope)))
+        raise ForbiddenError(f"This API key lacks a scope: {scopes or 'this is for users'}")
+    able = [f"a {each}" if isinstance(each, Kind) else f"the scope {each}" for each in sorted(who)]
+    raise ForbiddenError(f"Not with these credentials: this takes {' or '.join(able)}")
 
 
 def is_theirs(principal: Principal, session_id: str, owner: Owner | None) -> bool:

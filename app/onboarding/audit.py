@@ -1,6 +1,7 @@
 """The record of who did what, and who was kept from what: never content, only names."""
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
@@ -15,11 +16,24 @@ USUAL_AUDITED = 100
 """How many events an answer has where nobody says, at most."""
 
 
+class Lane(StrEnum):
+    """What is kept apart, so that no flood of the one pushes out another."""
+
+    OPERATED = "operated"
+    """What operators did."""
+
+    DONE = "done"
+    """What was done with one session."""
+
+    REFUSED = "refused"
+    """What somebody was kept from."""
+
+
 class AuditEvent(NamedTuple):
     """Something that was done, or refused; `at_ms` in Unix milliseconds.
 
-    `who` is a principal as it writes itself (`user:ada`), `outcome` says how it ended: `ok`, or the
-    code of a problem. `is_refused` tells that somebody was not let through.
+    `who` is a principal as it writes itself (`user:ada`), `outcome` says how it ended: `done`, the
+    code of a problem, or `interrupted`.
     """
 
     at_ms: int
@@ -27,7 +41,7 @@ class AuditEvent(NamedTuple):
     action: str
     session_id: str | None
     outcome: str
-    is_refused: bool
+    lane: Lane
 
 
 class AuditView(TypedDict):

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -13,6 +12,9 @@ MOST = 1_000_000
 
 KNOWN_ADDRESSES = 4096
 """How many addresses are remembered with the caller they stand for: to read one takes 3 us."""
+
+LONGEST_ADDRESS = 64
+"""Longest text that is looked at as an address, in characters: IPv6 with a zone."""
 
 WINDOWS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 """The times that a limit can be for, in seconds."""
@@ -70,20 +72,6 @@ def parse_limit(text: str) -> Limit | None:
     return Limit(int(found[1]), WINDOWS_S[found[2]])
 
 
-# The fields are those of draft-ietf-httpapi-ratelimit-headers-10: lists of strings with parameters
-# (RFC 9651). Its t is the time until there is more, not until all is there again.
-
-
-def describe_policies(standings: Iterable[Standing]) -> str:
-    """Write the field RateLimit-Policy: `"requests";q=600;w=60`."""
-    return ", ".join(f'"{p}";q={limit.quota};w={limit.window_s}' for p, limit, _, _ in standings)
-
-
-def describe_standings(standings: Iterable[Standing]) -> str:
-    """Write the field RateLimit: `"requests";r=597;t=1`."""
-    return ", ".join(f'"{policy}";r={left};t={t}' for policy, _, left, t in standings)
-
-
 def describe_refusal(standing: Standing) -> str:
     """Say to a caller what there was too much of."""
     unit = "second" if standing.reset_s == 1 else "seconds"
@@ -95,23 +83,26 @@ def digest_caller(caller: str) -> str:
     return hashlib.sha256(caller.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-@lru_cache(maxsize=KNOWN_ADDRESSES)
 def caller_of_address(host: str | None) -> str:
     """Name the caller at an address, as nobody else is named; None, a unix socket, is one caller.
 
     IPv6 is told apart by /64: no site gets less (RFC 6177), so every host has 2^64 to choose from.
-    What is no address, as a proxy may say, is a name of its own.
+    All that is no address, as a proxy may say, is one caller.
     """
-    return f"address:{'local' if host is None else _site_of(host)}"
+    if host is None:
+        return "address:local"
+    # What is longer is no address, and would only be remembered.
+    return "address:unknown" if len(host) > LONGEST_ADDRESS else _site_of(host)
 
 
+@lru_cache(maxsize=KNOWN_ADDRESSES)
 def _site_of(host: str) -> str:
     try:
         address = ip_address(host)
     except ValueError:
-        return host
+        return "address:unknown"
     if isinstance(address, IPv4Address):
-        return str(address)
+        return f"address:{address}"
     if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return f"{IPv6Address(int(address) >> 64 << 64)}/64"
+        return f"address:{address.ipv4_mapped}"
+    return f"address:{IPv6Address(int(address) >> 64 << 64)}/64"

@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 KEPT_MS = 10_000
 """How long it is remembered that a session token is good and whose a session is, in milliseconds:
-so soon a token that was revoked, or an owner who was replaced by another process, counts nowhere.
+so soon a token that another process revoked, or an owner who was replaced, counts nowhere.
 """
 
 REMEMBERED = 10_000
@@ -118,10 +118,9 @@ class AccessService:
             raise NotTheirsError
         self._owners.put(session_id, owner, now_ms() + KEPT_MS)
 
-    def forget(self, session_id: str) -> None:
-        """Look again, here, at who may open a session and whose it is."""
+    def forget_tokens(self, session_id: str) -> None:
+        """Look at the session's tokens again, in this process, when they are shown next."""
         self._verified.forget_value(Principal(Kind.WIZARD, session_id))
-        self._owners.forget(session_id)
 
     async def _find_owner(self, session_id: str) -> Owner:
         try:
@@ -132,13 +131,13 @@ class AccessService:
             raise NotTheirsError from damage
 
     async def _verify_key(self, sent: bytes) -> tuple[Principal, int]:
-        known = find_api_key(self._api_keys, sent)
+        known = find_api_key(self._api_keys, sent.strip(b" \t"))
         if known is None:
             raise UnauthenticatedError("The API key is not, or no longer, one of those in use")
         return Principal(Kind.MACHINE, known.name, scopes=known.scopes), LAST_MS
 
     async def _verify_bearer(self, sent: bytes) -> tuple[Principal, int]:
-        scheme, _, token = sent.decode("latin-1").partition(" ")
+        scheme, _, token = sent.decode("latin-1").strip(" \t").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise UnauthenticatedError("Send Authorization: Bearer <token>")
         session = parse_session_token(token)
@@ -181,9 +180,6 @@ class _Remembered(Generic[K, V]):
         if len(self._known) >= self._most:
             del self._known[next(iter(self._known))]
         self._known[key] = (value, until_ms)
-
-    def forget(self, key: K) -> None:
-        self._known.pop(key, None)
 
     def forget_value(self, value: V) -> None:
         for key in [key for key, (known, _) in self._known.items() if known == value]:

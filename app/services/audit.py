@@ -9,7 +9,7 @@ from typing import NamedTuple
 import structlog
 
 from app.clock import now_ms
-from app.onboarding.audit import MAX_AUDITED, USUAL_AUDITED, AuditEvent, AuditList
+from app.onboarding.audit import MAX_AUDITED, USUAL_AUDITED, AuditEvent, AuditList, Lane
 from app.onboarding.cursors import check_limit
 from app.onboarding.events import parse_after
 from app.store.audit import AuditStore
@@ -19,8 +19,7 @@ from app.store.gateway import Gateway
 log = structlog.get_logger()
 
 MAX_WAITING = 5000
-"""How many events of what was done wait while the store is away, and as many of what was refused.
-"""
+"""How many events of each lane wait while the store is away."""
 
 AT_ONCE = 500
 """How many events one batch has, at most: about 2 ms of the store's time."""
@@ -46,15 +45,13 @@ class AuditTrail:
     """Notes what happens, and writes it at once, in its order, as long as the store takes it.
 
     One for each process, for one event loop. While the store is away, events wait; of too many the
-    oldest are lost, which is logged. Nobody who is refused can push out what others did: the two
-    wait apart.
+    oldest are lost, which is logged. The lanes wait apart, as they are kept.
     """
 
     def __init__(self, gateway: Gateway) -> None:
         self._store = AuditStore(gateway)
         self._writer = os.urandom(8).hex()
-        self._done: deque[_Noted] = deque(maxlen=MAX_WAITING)
-        self._refused: deque[_Noted] = deque(maxlen=MAX_WAITING)
+        self._waiting = {lane: deque[_Noted](maxlen=MAX_WAITING) for lane in Lane}
         self._batch: list[_Noted] = []
         self._batches = 0
         self._noted = 0
@@ -65,15 +62,15 @@ class AuditTrail:
         self._writing: asyncio.Task[None] | None = None
 
     def record(
-        self, who: str, action: str, session_id: str | None, outcome: str, *, refused: bool
+        self, who: str, action: str, session_id: str | None, outcome: str, lane: Lane
     ) -> None:
         """Note that somebody did something, or was not let through. Waits for nothing."""
-        lane = self._refused if refused else self._done
-        if len(lane) == MAX_WAITING:
+        waiting = self._waiting[lane]
+        if len(waiting) == MAX_WAITING:
             self._dropped += 1
         self._noted += 1
-        event = AuditEvent(now_ms(), who, action, session_id, outcome, refused)
-        lane.append(_Noted(self._noted, event))
+        event = AuditEvent(now_ms(), who, action, session_id, outcome, lane)
+        waiting.append(_Noted(self._noted, event))
         self._has_more.set()
 
     async def list_events(self, after: str | None = None, limit: int = USUAL_AUDITED) -> AuditList:
@@ -99,7 +96,7 @@ class AuditTrail:
             await self._settle(LEAVE_S)
             await end_task(self._writing)
             self._writing = None
-        lost = len(self._batch) + len(self._done) + len(self._refused)
+        lost = len(self._batch) + sum(map(len, self._waiting.values()))
         if lost:
             log.warning("audit_events_lost", count=lost)
 
@@ -134,14 +131,15 @@ class AuditTrail:
             self._tell_dropped()
 
     async def _next_batch(self) -> list[_Noted]:
-        """Wait for events, and take those of both kinds in the order in which they happened."""
-        while not (self._done or self._refused):
+        """Wait for events, and take those of all lanes in the order in which they happened."""
+        lanes = self._waiting.values()
+        while not any(lanes):
             self._has_more.clear()
             await self._has_more.wait()
         batch: list[_Noted] = []
-        while len(batch) < AT_ONCE and (self._done or self._refused):
-            lanes = [lane for lane in (self._done, self._refused) if lane]
-            batch.append(min(lanes, key=lambda lane: lane[0].number).popleft())
+        while len(batch) < AT_ONCE and any(lanes):
+            first = min((lane for lane in lanes if lane), key=lambda lane: lane[0].number)
+            batch.append(first.popleft())
         return batch
 
     def _tell_dropped(self) -> None:

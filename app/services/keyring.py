@@ -7,7 +7,7 @@ import structlog
 from httpx2 import AsyncClient, HTTPStatusError
 
 from app.clock import monotonic_s, now_ms
-from app.errors import UnauthenticatedError
+from app.errors import KeysUnavailableError, UnauthenticatedError
 from app.onboarding.jwt import (
     TokenRules,
     Verified,
@@ -96,6 +96,9 @@ class Keyring:
 
         A provider that cannot be reached is logged: it may come later.
         """
+        if self._rules.issuer is None and self._rules.audience is None:
+            # Whatever this provider signs for any service is then taken here.
+            log.warning("tokens_not_bound")
         if self._provider is not None:
             await self._begin_look(self._provider)
             self._looking_on = asyncio.create_task(self._look_on(self._provider), name="jwks")
@@ -109,18 +112,22 @@ class Keyring:
             await self._provider.aclose()
 
     async def verify(self, token: str) -> Verified:
-        """Say whom a token names. Raises `UnauthenticatedError` for whatever is wrong with it.
+        """Say whom a token names.
 
-        Takes about 0.1 ms, but for one with an unknown key, which waits for a look that may find
-        it: the provider may have begun to sign with a new one.
+        Raises `UnauthenticatedError` for whatever is wrong with it, and `KeysUnavailableError` as
+        long as there was no key to verify any with. Takes about 0.1 ms, but for one with an unknown
+        key, which waits for a look that may find it: the provider may have begun to sign with a new
+        one.
         """
         header = read_header(token, self._rules)
         key = find_key(self._keys, header)
         if key is None and self._provider is not None:
             await self._look_again(self._provider)
             key = find_key(self._keys, header)
+        if key is None and not self._keys:
+            raise KeysUnavailableError
         if key is None:
-            raise UnauthenticatedError(_UNKNOWN_KEY if self._keys else _NO_KEYS)
+            raise UnauthenticatedError("The token is signed with a key that is not known here")
         return read_claims(token, key, self._rules, now_ms())
 
     async def _look_again(self, provider: Provider) -> None:
@@ -171,7 +178,3 @@ def make_keyring(settings: Settings) -> Keyring | None:
     if settings.jwt_key is not None:
         return Keyring(rules, parse_jwt_key(settings.jwt_key.get_secret_value(), rules.algorithms))
     return None
-
-
-_NO_KEYS = "The keys that verify tokens are not there yet; ask again"
-_UNKNOWN_KEY = "The token is signed with a key that is not known here"

@@ -2,7 +2,7 @@
 
 A command to the store for every request would double what most of them cost. So tokens are taken
 some at a time and spent here; what a process holds and does not spend is lost to the others until
-the bucket has filled again, and nobody is ever let through without a token.
+the bucket has filled again, and nobody is let through without a token as long as the store answers.
 """
 
 import asyncio

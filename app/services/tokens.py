@@ -2,7 +2,7 @@
 
 import secrets
 import uuid
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from app.clock import now_ms, rfc3339
 from app.errors import ResumeTokenNotFoundError
@@ -39,8 +39,10 @@ class FirstToken(NamedTuple):
     seed: str
 
 
-def draw_first_token(credential: bytes) -> FirstToken:
-    """Draw an id for a session, and a token for who shows this."""
+def draw_first_token(credential: bytes | None) -> FirstToken | None:
+    """Draw an id for a session, and a token for who shows this; None without access control."""
+    if credential is None:
+        return None
     session_id, seed = str(uuid.uuid4()), secrets.token_hex(SECRET_BYTES)
     token = derive_first_token(session_id, seed, credential)
     return FirstToken(session_id, token, digest_of(token), seed)
@@ -59,14 +61,18 @@ class TokenService:
         self._manager = manager
 
     async def begin_session(
-        self, owner: Owner, *, credential: bytes, request: IdempotentRequest | None = None
+        self, owner: Owner, *, credential: bytes | None, request: IdempotentRequest | None = None
     ) -> NewSessionView:
         """Make a session for an owner that was checked, with a token that opens it.
 
-        `credential` is what its maker showed. A repeat by Idempotency-Key tells the same token to
+        `credential` is what its maker showed; without access control it is None, and there is no
+        token. A repeat by Idempotency-Key tells the same token to
         who shows the same, and another one to who shows something newer: only digests are kept.
         """
         first = draw_first_token(credential)
+        if first is None or credential is None:
+            view = await self._manager.begin_session(owner, request=request)
+            return cast("NewSessionView", view)  # with nothing more to tell
         token = first.token
         view = await self._manager.begin_session(
             owner,

@@ -1,26 +1,26 @@
-"""The record in the store: two bounded streams whose ids rise together."""
+"""The record in the store: bounded streams whose ids rise together."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from app.onboarding.audit import AuditEvent, AuditView, describe_audited
+from app.onboarding.audit import AuditEvent, AuditView, Lane, describe_audited
 from app.onboarding.events import EventId, parse_event_id
 from app.store.faults import corrupt
 from app.store.gateway import Argument, Gateway
 
 KEPT = 10_000
-"""How many events are kept of what was done, and as many of what was refused, at least."""
+"""How many events are kept of each lane, at least."""
 
 REMEMBERED_MS = 3_600_000
 """How long a writer's last batch is known again, in milliseconds: an hour."""
 
 
 class AuditStore:
-    """Keeps what was done and what was refused. Each call is one round trip."""
+    """Keeps what happened, each lane in a stream. Each call is one round trip."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._keys = [gateway.keys.audit("done"), gateway.keys.audit("refused")]
+        self._keys = [gateway.keys.audit(lane) for lane in Lane]
 
     async def add(self, events: Sequence[AuditEvent], *, writer: str, number: int) -> None:
         """Keep a batch of events, once however often it is sent.
@@ -30,9 +30,9 @@ class AuditStore:
         """
         args: list[Argument] = [number, KEPT, REMEMBERED_MS]
         for event in events:
-            args += ["1" if event.is_refused else "", event.at_ms, _bytes(event.who)]
+            args += [_NUMBERS[event.lane], event.at_ms, _bytes(event.who)]
             args += [_bytes(event.action), _bytes(event.outcome), _bytes(event.session_id or "")]
-        keys = [*self._keys, self._gateway.keys.audit(f"batch:{writer}")]
+        keys = [self._gateway.keys.audit(f"batch:{writer}"), *self._keys]
         await self._gateway.evaluate("add_audit", keys, args)
 
     async def list_after(self, after: EventId, limit: int) -> list[AuditView]:
@@ -47,6 +47,9 @@ class AuditStore:
             return describe_audited(parsed, dict(zip(texts[::2], texts[1::2], strict=True)))
         except (KeyError, ValueError, OverflowError):
             raise corrupt(self._keys[stream - 1], "the record") from None
+
+
+_NUMBERS = {lane: number for number, lane in enumerate(Lane, start=1)}
 
 
 def _bytes(text: str) -> bytes:

@@ -99,7 +99,7 @@ class Keys:
         return self._index + part
 
     def audit(self, part: str) -> str:
-        """A part of the record: `done`, `refused`, or `batch:<writer>`."""
+        """A part of the record: a lane, or `batch:<writer>`."""
         return self._audit + part
 
     def session(self, session_id: str) -> SessionKeys:

@@ -1,5 +1,6 @@
 """Every route under every kind of credentials: who is let in, and what everybody else is told."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ BODIES: dict[str, Any] = {
     "save_steps": {"steps": {"2": {"a": 1}}},
     "save_draft": {"data": {"a": 1}},
     "create_resume_token": {"label": "phone"},
-    "resume": {"token": "ort_unknown"},
+    "resume_session": {"token": "ort_unknown"},
     "add_event": {"stage": "a stage", "progress": 10},
     "set_status": {"status": "processing"},
     "set_language": {"language": "de"},
@@ -212,3 +213,24 @@ def told(answer: Response, session_id: str) -> tuple[Any, ...]:
     text = answer.text.replace(session_id, "<id>").replace(request_id, "<request>")
     headers = {**answer.headers, "x-request-id": "", "date": ""}
     return answer.status_code, headers, text
+
+
+async def test_a_live_stream_ends_when_what_was_shown_is_good_no_more(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.api.events.BEAT_S", 0.02)
+    place = await guarded.begin()
+    session, own = f"{BASE}/{place.session_id}", place.shown[WIZARD]
+    made = await guarded.api.post(f"{session}/resume-tokens", headers=own)
+    link = answer_of(made, 201)
+    resumed = await guarded.api.post(f"{BASE}/resume", json={"token": link["token"]})
+    given = bearer(answer_of(resumed)["session_token"])
+    async with guarded.api.stream("GET", f"{session}/events/stream", headers=given) as response:
+        lines = response.aiter_lines()
+        while not (await anext(lines)).startswith("event: snapshot"):
+            pass
+        revoked = f"{session}/resume-tokens/{link['token_id']}"
+        answer_of(await guarded.api.delete(revoked, headers=own))
+        async with asyncio.timeout(5):
+            async for _ in lines:
+                pass

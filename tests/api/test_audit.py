@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 from httpx2 import AsyncClient
 
-from app.onboarding.audit import AuditEvent
+from app.onboarding.audit import AuditEvent, Lane
 from app.settings import Settings
 from app.store.audit import AuditStore
 from app.store.connect import connect
@@ -24,8 +24,8 @@ async def store(settings: Settings) -> AsyncIterator[AuditStore]:
 
 
 def event(action: str, session_id: str | None = None, *, refused: bool = False) -> AuditEvent:
-    outcome = "forbidden" if refused else "ok"
-    return AuditEvent(1_767_268_800_123, "machine:ops", action, session_id, outcome, refused)
+    outcome, lane = ("forbidden", Lane.REFUSED) if refused else ("done", Lane.DONE)
+    return AuditEvent(1_767_268_800_123, "machine:ops", action, session_id, outcome, lane)
 
 
 async def read(api: AsyncClient, **query: str | int) -> Answers:
@@ -53,7 +53,7 @@ async def test_an_event_says_who_did_what_with_which_session(
         "who": "machine:ops",
         "action": "finalize",
         "session_id": "s",
-        "outcome": "ok",
+        "outcome": "done",
     }
     assert second.keys() == {"id", "at", "who", "action", "outcome"}
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from httpx2 import AsyncClient, Response
 
+from app.api.headers import describe_policies, describe_standings
 from app.api.problems import describe
 from app.errors import RateLimitedError
 from app.onboarding.access import Scope
+from app.onboarding.limits import Limit, Policy, Standing
 from tests.access import AUTH, bearer, machine, user
 from tests.api.helpers import (
     CREATE,
@@ -42,6 +44,16 @@ def test_a_refusal_says_when_there_is_room_again() -> None:
         response = describe(scope, error)
         assert response.status_code == 429
         assert response.headers.getlist("retry-after") == [retry_after]
+
+
+def test_callers_are_told_in_the_words_of_the_draft() -> None:
+    limit = Limit(600, 60)
+    one = Standing(Policy.REQUESTS, limit, 597, 1)
+    other = Standing(Policy.CREATIONS, Limit(1, 86_400), 0, 0)
+    assert describe_policies([one]) == '"requests";q=600;w=60'
+    assert describe_policies([one, other]) == '"requests";q=600;w=60, "creations";q=1;w=86400'
+    assert describe_standings([one]) == '"requests";r=597;t=1'
+    assert describe_standings([one, other]) == '"requests";r=597;t=1, "creations";r=0;t=0'
 
 
 def check_refused(answer: Response, policy: str, quota: int) -> None:
@@ -128,7 +140,7 @@ async def test_a_proxy_is_believed_as_uvicorn_is_told_and_names_nobody_but_addre
         told = {"x-forwarded-for": host, **headers}
         return (await api.get(f"{BASE}/steps", headers=told)).status_code
 
-    for host in ("192.0.2.1", "192.0.2.2", f"machine:{SCOPES[0]}-key"):
+    for host in ("192.0.2.1", "2001:db8::1", f"machine:{SCOPES[0]}-key"):
         assert [await get(host) for _ in range(3)] == [401, 401, 429]
     assert await get("192.0.2.1", **machine(SCOPES[0])) == 200
 

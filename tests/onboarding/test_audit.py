@@ -6,7 +6,7 @@ from app.errors import InvalidRequestError
 from app.onboarding.audit import describe_audited
 from app.onboarding.events import BEFORE_ALL, EventId, parse_after
 
-KEPT = {"at": "1767268800123", "who": "user:ada", "action": "get_export", "outcome": "ok"}
+KEPT = {"at": "1767268800123", "who": "user:ada", "action": "get_export", "outcome": "done"}
 
 
 def test_an_event_says_who_did_what_when_and_how_that_ended() -> None:
@@ -15,7 +15,7 @@ def test_an_event_says_who_did_what_when_and_how_that_ended() -> None:
         "at": "2026-01-01T12:00:00.123Z",
         "who": "user:ada",
         "action": "get_export",
-        "outcome": "ok",
+        "outcome": "done",
     }
 
 

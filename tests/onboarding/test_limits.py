@@ -9,9 +9,7 @@ from app.onboarding.limits import (
     Policy,
     Standing,
     caller_of_address,
-    describe_policies,
     describe_refusal,
-    describe_standings,
     digest_caller,
     parse_limit,
 )
@@ -46,16 +44,6 @@ def test_anything_else_is_refused_with_what_would_be_right(text: str) -> None:
     assert "second, minute, hour, day" in str(refused.value)
 
 
-def test_callers_are_told_in_the_words_of_the_draft() -> None:
-    limit = Limit(600, 60)
-    one = Standing(Policy.REQUESTS, limit, 597, 1)
-    other = Standing(Policy.CREATIONS, Limit(1, 86_400), 0, 0)
-    assert describe_policies([one]) == '"requests";q=600;w=60'
-    assert describe_policies([one, other]) == '"requests";q=600;w=60, "creations";q=1;w=86400'
-    assert describe_standings([one]) == '"requests";r=597;t=1'
-    assert describe_standings([one, other]) == '"requests";r=597;t=1, "creations";r=0;t=0'
-
-
 def test_a_refusal_says_what_there_was_too_much_of_and_when_to_come_again() -> None:
     details = {describe_refusal(Standing(policy, Limit(9, 60), 0, 3)) for policy in Policy}
     assert len(details) == len(Policy)
@@ -77,7 +65,9 @@ def test_a_refusal_says_what_there_was_too_much_of_and_when_to_come_again() -> N
         ("::ffff:192.0.2.7", "192.0.2.7"),
         ("::ffff:c000:207", "192.0.2.7"),
         ("unknown", "unknown"),
-        ("", ""),
+        ("", "unknown"),
+        ("machine:admin-key", "unknown"),
+        ("x" * 100_000, "unknown"),
         (None, "local"),
     ],
 )

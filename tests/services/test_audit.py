@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from app.clock import monotonic_s
 from app.errors import InvalidRequestError, StoreUnavailableError
+from app.onboarding.audit import Lane
 from app.services import audit as module
 from app.services.audit import AT_ONCE, MAX_WAITING, AuditTrail, make_audit_trail
 from app.store.gateway import Gateway
@@ -49,7 +50,8 @@ async def trail(gateway: Gateway) -> AsyncIterator[AuditTrail]:
 
 
 def note(trail: AuditTrail, action: str, *, refused: bool = False) -> None:
-    trail.record("user:ada", action, "s", "forbidden" if refused else "ok", refused=refused)
+    outcome, lane = ("forbidden", Lane.REFUSED) if refused else ("done", Lane.DONE)
+    trail.record("user:ada", action, "s", outcome, lane)
 
 
 async def read_all(trail: AuditTrail, limit: int = 1000) -> list[str]:
@@ -76,13 +78,13 @@ def counted(logs: list[Any], event: str) -> list[int]:
 
 
 async def test_what_was_noted_is_read_at_once_with_who_and_how_it_ended(trail: AuditTrail) -> None:
-    trail.record("machine:ops", "erase_user", None, "ok", refused=False)
-    trail.record("wizard:s", "get_session", "s2", "session_not_found", refused=True)
+    trail.record("machine:ops", "erase_user", None, "done", Lane.OPERATED)
+    trail.record("wizard:s", "get_session", "s2", "session_not_found", Lane.REFUSED)
     page = await trail.list_events()
     erased, refused = page["events"]
     assert page["next"] is None
     assert (erased["who"], erased["action"], erased["outcome"]) == (
-        *("machine:ops", "erase_user", "ok"),
+        *("machine:ops", "erase_user", "done"),
     )
     assert "session_id" not in erased
     assert (refused["session_id"], refused["outcome"]) == ("s2", "session_not_found")

@@ -20,7 +20,7 @@ from joserfc.errors import SecurityWarning
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 from structlog.testing import capture_logs
 
-from app.errors import UnauthenticatedError
+from app.errors import KeysUnavailableError, UnauthenticatedError
 from app.onboarding.access import Kind, Principal
 from app.services.keyring import ASK_AGAIN_S, MOST_BYTES, Keyring, Verified, make_keyring
 from app.settings import load_settings
@@ -640,8 +640,11 @@ async def test_a_provider_that_is_away_stops_no_start_and_may_come_later(
     assert ring is not None
     with capture_logs() as lines:
         await ring.start()
-        assert "not there yet" in await refusal(ring, by("first", OLD))
-    assert {line["event"] for line in lines} == {"jwks_fetch_failed"}
+        # It is not the token that is wrong: nobody should throw it away.
+        with pytest.raises(KeysUnavailableError):
+            await ring.verify(by("first", OLD))
+    # No issuer and no audience is set: that is told as well.
+    assert {line["event"] for line in lines} == {"jwks_fetch_failed", "tokens_not_bound"}
     assert ring.generation == 0
 
     provider.publish(first=OLD)
@@ -714,10 +717,11 @@ async def test_a_provider_without_a_fit_key_lets_nobody_in(
     provider: Provider, ring: Keyring
 ) -> None:
     provider.publish(secret=OctKey.import_key(SECRET))
-    with capture_logs() as lines:
-        await refusal(ring, by("second", NEW))
+    with capture_logs() as lines, pytest.raises(KeysUnavailableError):
+        await ring.verify(by("second", NEW))
     assert "jwks_found_unfit" in [line["event"] for line in lines]
-    await refusal(ring, by("first", OLD))
+    with pytest.raises(KeysUnavailableError):
+        await ring.verify(by("first", OLD))
     assert ring.generation == 2
 
 

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from app.errors import CorruptRecordError
-from app.onboarding.audit import AuditEvent, AuditView
+from app.onboarding.audit import AuditEvent, AuditView, Lane
 from app.onboarding.events import BEFORE_ALL, EventId, parse_after
 from app.store.audit import KEPT, REMEMBERED_MS, AuditStore
 from app.store.gateway import Gateway
@@ -22,11 +22,11 @@ AT_MS = 1_767_268_800_123
 
 
 def done(action: str = "finalize", session_id: str | None = "s") -> AuditEvent:
-    return AuditEvent(AT_MS, "user:ada", action, session_id, "ok", is_refused=False)
+    return AuditEvent(AT_MS, "user:ada", action, session_id, "done", Lane.DONE)
 
 
 def refused(action: str = "get_session") -> AuditEvent:
-    return AuditEvent(AT_MS, "anyone", action, None, "unauthenticated", is_refused=True)
+    return AuditEvent(AT_MS, "anyone", action, None, "unauthenticated", Lane.REFUSED)
 
 
 async def read_all(store: AuditStore, *, limit: int = 1000) -> list[AuditView]:
@@ -72,7 +72,7 @@ async def test_what_was_done_and_what_was_refused_is_read_in_one_order(store: Au
         "who": "user:ada",
         "action": "one",
         "session_id": "s",
-        "outcome": "ok",
+        "outcome": "done",
     }
     assert "session_id" not in second
     assert (second["who"], second["outcome"]) == ("anyone", "unauthenticated")

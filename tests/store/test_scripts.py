@@ -272,16 +272,16 @@ async def drive_index(session: Session) -> None:
 
 async def drive_audit(session: Session) -> None:
     """Let something be done and refused: every script of the record, every word."""
-    keys = [session.gateway.keys.audit(part) for part in ("done", "refused", "batch:w")]
+    keys = [session.gateway.keys.audit(part) for part in ("batch:w", "done", "refused")]
     batch: list[Argument] = [1, 10, 600_000]
     batch += [
-        "",
+        1,
         AT_MS,
         "u",
         "finalize",
-        "ok",
+        "done",
         "s",
-        "1",
+        2,
         AT_MS,
         "u",
         "get_session",
@@ -290,7 +290,7 @@ async def drive_audit(session: Session) -> None:
     ]
     assert await session.call("add_audit", keys, batch) == "ok"
     assert await session.call("add_audit", keys, batch) == "repeated"
-    assert await session.call("read_audit", keys[:2], ["0-0", 10]) == "ok"
+    assert await session.call("read_audit", keys[1:], ["0-0", 10]) == "ok"
     assert await session.gateway.command("DEL", *keys) == 3
 
 

@@ -15,6 +15,7 @@ from app.errors import (
     SessionNotFoundError,
     TaskExistsError,
 )
+from app.onboarding.audit import Lane
 from app.onboarding.events import BEFORE_ALL
 from app.onboarding.exports import compute_checksum
 from app.onboarding.files import FileKind
@@ -316,8 +317,8 @@ async def test_a_user_is_erased_and_the_record_of_it_stays(topology: Topology) -
     await topology.gateway.aclose()
 
     erased = await retention.erase_user("u1")
-    trail.record("machine:ops", "erase_user", None, "ok", refused=False)
-    trail.record("machine:ops", "get_session", other, "forbidden", refused=True)
+    trail.record("machine:ops", "erase_user", None, "done", Lane.OPERATED)
+    trail.record("machine:ops", "get_session", other, "forbidden", Lane.REFUSED)
     record = (await trail.list_events())["events"]
     await trail.aclose()
     assert (erased["removed"], erased["tasks_removed"], erased["more"]) == (5, 5, False)

@@ -1,6 +1,6 @@
--- Read the record after a place, what was done and what was refused in one order.
+-- Read the record after a place, all its streams in one order.
 --
--- KEYS  1 what was done, 2 what was refused
+-- KEYS  the streams
 -- ARGV  1 id to go on after, 2 most events to read
 --
 -- Returns {'ok', events as {number of their key, id, {field, value, ...}}}
@@ -8,7 +8,7 @@
 -- Safe to send twice: it reads.
 
 local found = {}
-for stream = 1, 2 do
+for stream = 1, #KEYS do
   for _, entry in ipairs(redis.call('XRANGE', KEYS[stream], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])) do
     local ms, count = string.match(entry[1], '^(%d+)-(%d+)$')
     -- As wide as an id can be, so that they compare as texts.
