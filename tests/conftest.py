@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpcore2
 import pytest
+import redis.utils
 import time_machine
 from fakeredis import FakeAsyncRedis, FakeServer
 from httpx2 import AsyncClient
@@ -39,18 +42,36 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SESSION_TTL", raising=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def what_never_changes_is_read_once() -> Iterator[None]:
+    """Read the machine's certificates and the version of redis-py once.
+
+    The libraries read the one for every HTTP client and the other for every connection, which takes
+    longer than most tests.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        once = cache(httpcore2.default_ssl_context)
+        monkeypatch.setattr(httpcore2, "default_ssl_context", once)
+        monkeypatch.setattr(redis.utils, "get_lib_version", cache(redis.utils.get_lib_version))
+        yield
+
+
+def nap(delay_s: float) -> Coroutine[Any, Any, None]:
+    """Sleep a part of the time."""
+    return asyncio.sleep(delay_s / 20)
+
+
+HASTY = SimpleNamespace(**{**vars(asyncio), "sleep": nap})
+"""asyncio for who need not wait."""
+
+
 @pytest.fixture(autouse=True)
 def hasty_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the waits out of servers that tests start and stop in their own loop.
 
     uvicorn looks ten times a second whether it should end, and waits a tenth before it does.
     """
-
-    def nap(delay_s: float) -> Coroutine[Any, Any, None]:
-        return asyncio.sleep(delay_s / 20)
-
-    hasty = SimpleNamespace(**{**vars(asyncio), "sleep": nap})
-    monkeypatch.setattr("uvicorn.server.asyncio", hasty)
+    monkeypatch.setattr("uvicorn.server.asyncio", HASTY)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +108,13 @@ async def raw(valkey: Valkey) -> AsyncIterator[Redis]:
 @pytest.fixture
 def settings(raw: Redis, valkey: Valkey) -> Settings:
     """Give settings for the empty real store."""
-    return load_settings(redis_url=valkey.url, **QUICKLY, **UNLIMITED)
+    return settings_for(valkey.url)
+
+
+@cache
+def settings_for(url: str) -> Settings:
+    """Read the settings for a store once: no variable says otherwise, and nothing changes them."""
+    return load_settings(redis_url=url, **QUICKLY, **UNLIMITED)
 
 
 @pytest.fixture
