@@ -1,6 +1,7 @@
 """What every test may ask for: a store (real and fake), a manager on it, a service on it."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from functools import cache
@@ -34,12 +35,24 @@ NOON_S = 1_767_268_800.0
 """The moment at which the clock of tests begins, in Unix seconds."""
 
 
+@cache
+def known_settings(**overrides: Any) -> Settings:
+    """Load settings once: no variable of a test says otherwise, and nothing changes them."""
+    return load_settings(**overrides)
+
+
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the environment of whoever runs the tests out of them."""
     for name in Settings.model_fields:
         monkeypatch.delenv(variable_of(name), raising=False)
     monkeypatch.delenv("SESSION_TTL", raising=False)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was collected out of every later look for garbage: it stays for the whole run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -108,13 +121,7 @@ async def raw(valkey: Valkey) -> AsyncIterator[Redis]:
 @pytest.fixture
 def settings(raw: Redis, valkey: Valkey) -> Settings:
     """Give settings for the empty real store."""
-    return settings_for(valkey.url)
-
-
-@cache
-def settings_for(url: str) -> Settings:
-    """Read the settings for a store once: no variable says otherwise, and nothing changes them."""
-    return load_settings(redis_url=url, **QUICKLY, **UNLIMITED)
+    return known_settings(redis_url=valkey.url, **QUICKLY, **UNLIMITED)
 
 
 @pytest.fixture
@@ -147,7 +154,7 @@ async def session_id(api: AsyncClient) -> str:
 def fake_gateway(server: FakeServer | None = None, **settings: Any) -> Gateway:
     """Make a gateway to a fake store; `FakeServer.connected = False` is an outage."""
     server = server or FakeServer()
-    chosen = load_settings(**settings)
+    chosen = known_settings(**settings)
     return Gateway(
         lambda: FakeAsyncRedis(server=server, legacy_responses=False),
         keys=Keys(hash_tag=chosen.hash_tag),
@@ -168,7 +175,7 @@ async def gateway(request: pytest.FixtureRequest, settings: Settings) -> AsyncIt
 @pytest.fixture
 def manager(gateway: Gateway) -> OnboardingSessionManager:
     """Give a manager, on the fake store and on the real one in turn."""
-    return make_manager(gateway, load_settings())
+    return make_manager(gateway, known_settings())
 
 
 @pytest.fixture

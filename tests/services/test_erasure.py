@@ -23,7 +23,7 @@ from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from tests.api.helpers import ask
-from tests.conftest import fake_gateway
+from tests.conftest import fake_gateway, known_settings
 from tests.proxy import Proxy
 from tests.servers import Valkey
 from tests.store.sessions import Place, keyed, working_at
@@ -42,7 +42,7 @@ class House:
         self.gateway = place.gateway
         self.tasks = TaskService(place.gateway, TASK_RULES)
         self.retention: RetentionService = make_retention_service(
-            place.gateway, self.tasks, load_settings()
+            place.gateway, self.tasks, known_settings()
         )
 
     async def settle(self) -> None:

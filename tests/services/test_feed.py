@@ -21,7 +21,7 @@ from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import NOON_S, fake_gateway
+from tests.conftest import NOON_S, fake_gateway, known_settings
 from tests.proxy import Proxy
 from tests.servers import Valkey
 from tests.store.sessions import Place, prepare, working_at
@@ -40,7 +40,7 @@ def logs_and_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_service(gateway: Gateway, **overrides: Any) -> RetentionService:
-    settings = load_settings(**overrides)
+    settings = known_settings(**overrides)
     return make_retention_service(gateway, TaskService(gateway, TASK_RULES), settings)
 
 

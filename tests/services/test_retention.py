@@ -36,7 +36,7 @@ from app.services.tasks import TaskService
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.servers import HOST, Valkey, free_ports
 from tests.store.sessions import Place, names_of_keys, watch_operation_ids
 from tests.store.test_stats import load_sessions
@@ -50,7 +50,7 @@ BY_NAME = [
 
 
 def make_service(gateway: Gateway, **overrides: Any) -> RetentionService:
-    settings = load_settings(**overrides)
+    settings = known_settings(**overrides)
     return make_retention_service(gateway, TaskService(gateway, TASK_RULES), settings)
 
 
@@ -390,7 +390,7 @@ async def test_a_member_that_is_removed_is_none(
 
 
 async def _in_list(place: Place, **query: Any) -> list[str]:
-    rows = await make_stats_service(place.gateway, load_settings()).get_all_sessions_info(**query)
+    rows = await make_stats_service(place.gateway, known_settings()).get_all_sessions_info(**query)
     return [row["session_id"] for row in rows]
 
 

@@ -19,7 +19,7 @@ from app.services.stats import StatsService, get_stats_service, make_stats_servi
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import fake_gateway
+from tests.conftest import fake_gateway, known_settings
 from tests.onboarding.test_stats import bucket_of
 from tests.servers import Valkey
 from tests.store.sessions import Place
@@ -34,7 +34,7 @@ BY_NAME = [
 @pytest.fixture
 def service(gateway: Gateway) -> StatsService:
     """Give a service, on the fake store and on the real one in turn."""
-    return make_stats_service(gateway, load_settings())
+    return make_stats_service(gateway, known_settings())
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from app.services.tokens import TokenService
 from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import NOON_S, fake_gateway
+from tests.conftest import NOON_S, fake_gateway, known_settings
 from tests.store.sessions import Place, names_of_keys
 
 MINUTE_S = 60
@@ -56,14 +56,14 @@ class Office(Place):
 @pytest.fixture
 def office(gateway: Gateway) -> Office:
     """Give all of it, on the fake store and on the real one in turn."""
-    return Office(make_manager(gateway, load_settings()), gateway)
+    return Office(make_manager(gateway, known_settings()), gateway)
 
 
 @pytest.fixture
 def standing(clock: time_machine.Traveller) -> Office:
     """Give all of it on a fake store that goes by `clock`."""
     gateway = fake_gateway(FakeServer())
-    return Office(make_manager(gateway, load_settings()), gateway)
+    return Office(make_manager(gateway, known_settings()), gateway)
 
 
 async def refused(call: Awaitable[Any]) -> str:

@@ -10,10 +10,9 @@ from fakeredis import FakeServer
 from redis.asyncio import Redis
 
 from app.services.manager import OnboardingSessionManager, make_manager
-from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.proxy import Proxy
 from tests.servers import Valkey
 from tests.store.sessions import Place, working_at
@@ -51,7 +50,7 @@ async def real(raw: Redis, valkey: Valkey) -> AsyncIterator[MakePlace]:
     places: list[Place] = []
 
     def make(**overrides: Any) -> Place:
-        settings = load_settings(redis_url=valkey.url, **{**QUICKLY, **overrides})
+        settings = known_settings(redis_url=valkey.url, **{**QUICKLY, **overrides})
         gateway = connect(settings)
         places.append(Place(make_manager(gateway, settings), gateway))
         return places[-1]
@@ -69,7 +68,7 @@ async def fake(clock: time_machine.Traveller) -> AsyncIterator[MakePlace]:
 
     def make(**overrides: Any) -> Place:
         gateway = fake_gateway(server, **overrides)
-        places.append(Place(make_manager(gateway, load_settings(**overrides)), gateway))
+        places.append(Place(make_manager(gateway, known_settings(**overrides)), gateway))
         return places[-1]
 
     yield make
