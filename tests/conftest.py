@@ -82,9 +82,11 @@ HASTY = SimpleNamespace(**{**vars(asyncio), "sleep": nap})
 def hasty_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the waits out of servers that tests start and stop in their own loop.
 
-    uvicorn looks ten times a second whether it should end, and waits a tenth before it does.
+    uvicorn looks ten times a second whether it should end, and waits a tenth before it does. We
+    wait 2 s for a store that is away, to leave the record of what was done there.
     """
     monkeypatch.setattr("uvicorn.server.asyncio", HASTY)
+    monkeypatch.setattr("app.services.audit.LEAVE_S", 0.3)
 
 
 @pytest.fixture(autouse=True)

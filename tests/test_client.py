@@ -587,7 +587,11 @@ async def test_a_stream_that_falls_silent_is_opened_again(
     assert len(listener.of("progress")) == 1
 
 
-async def test_who_finds_no_room_waits_until_there_is(serve: Callable[..., Awaitable[Any]]) -> None:
+async def test_who_finds_no_room_waits_until_there_is(
+    monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Awaitable[Any]]
+) -> None:
+    # The service asks for 5 s.
+    monkeypatch.setattr("app.client.LONGEST_PAUSE_S", 0.2)
     api = await serve(max_streams_per_session=1)
     session_id = await create(api)
     async with (
