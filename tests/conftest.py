@@ -71,7 +71,7 @@ def what_never_changes_is_read_once() -> Iterator[None]:
 
 def nap(delay_s: float) -> Coroutine[Any, Any, None]:
     """Sleep a part of the time."""
-    return asyncio.sleep(delay_s / 20)
+    return asyncio.sleep(delay_s / 100)
 
 
 HASTY = SimpleNamespace(**{**vars(asyncio), "sleep": nap})
