@@ -494,6 +494,8 @@ async def test_who_follows_gets_a_snapshot_and_then_everything_until_the_session
         answer_of(await FINALIZE.send(api, session_id))
         await report(api, session_id, 7)
         log = await log_of(api, session_id)
+        # What a stream has not read yet goes with the session.
+        await listener.wait_for("progress")
         answer_of(await DELETE_SESSION.send(api, session_id))
         await listener.wait_for_the_end()
 

@@ -34,7 +34,7 @@ async def proxy(raw: Redis, valkey: Valkey) -> AsyncIterator[Proxy]:
 @pytest.fixture
 async def wired(proxy: Proxy) -> AsyncIterator[Place]:
     """Give a manager whose every command passes the proxy."""
-    async with working_at(f"redis://{proxy.host}:{proxy.port}/0", redis_timeout_s=0.4) as place:
+    async with working_at(f"redis://{proxy.host}:{proxy.port}/0", redis_timeout_s=0.25) as place:
         yield place
 
 
