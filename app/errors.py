@@ -412,7 +412,7 @@ class KeysUnavailableError(StoreUnavailableError):
 
     def __init__(self) -> None:
         super().__init__(
-            "What verifies the tokens of users cannot be reached at the moment; try again shortly"
+            "There is no key to verify the tokens of users with at the moment; try again shortly"
         )
 
 

@@ -13,7 +13,7 @@ from app.services.events import EventService, StreamLimits
 from app.services.files import FileService, make_file_service
 from app.services.generation import GenerationService
 from app.services.health import HealthMonitor
-from app.services.limits import InFlight, Limiter, make_limiter
+from app.services.limits import TRANSFERS_OF_ONE, InFlight, Limiter, make_limiter
 from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_manager
 from app.services.retention import RetentionService, make_retention_service
 from app.services.stats import StatsService, make_stats_service
@@ -44,6 +44,7 @@ class Services:
     access: AccessService
     limiter: Limiter
     in_flight: InFlight
+    transfers: InFlight
     health: HealthMonitor
     learning: Repeated
     gateway: Gateway
@@ -114,6 +115,7 @@ def build_services(settings: Settings) -> Services:
         access=make_access_service(gateway, settings),
         limiter=make_limiter(gateway, settings),
         in_flight=InFlight(settings.max_in_flight),
+        transfers=InFlight(settings.max_in_flight, TRANSFERS_OF_ONE),
         health=HealthMonitor(make_probe(settings), gateway),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,

@@ -14,6 +14,7 @@ from app.errors import (
     OnboardingError,
     ResumeTokenNotFoundError,
     SessionNotFoundError,
+    StoreError,
     UnauthenticatedError,
 )
 from app.onboarding.access import NOBODY, Access, Principal, check_access
@@ -48,7 +49,7 @@ class AccessMiddleware:
             await self.app(scope, receive, send)
             return
         services = cast("AppState", scope["state"])["services"]
-        if not self._operation.has_limit:
+        if self._operation.at_once == "requests":
             services.in_flight.check()
         principal, refusal = await self._identify(services.access, scope)
         learn(principal=principal, session_id=_session_of(scope))
@@ -63,13 +64,13 @@ class AccessMiddleware:
 
     async def _identify(
         self, access: AccessService, scope: Scope
-    ) -> tuple[Principal, UnauthenticatedError | None]:
+    ) -> tuple[Principal, OnboardingError | None]:
         """Say who asks, or why that is nobody; they are refused once they have been counted."""
         if self._operation.access is Access.OPEN:
             return NOBODY, None
         try:
             return await access.identify(scope["headers"]), None
-        except UnauthenticatedError as refusal:
+        except (UnauthenticatedError, StoreError) as refusal:
             return NOBODY, refusal
 
     async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
@@ -92,8 +93,8 @@ class AccessMiddleware:
                     "ratelimit": describe_standings(known),
                 }
 
-    def _check(self, principal: Principal, refusal: UnauthenticatedError | None) -> None:
-        """Raise `UnauthenticatedError` or `ForbiddenError` to whoever may not."""
+    def _check(self, principal: Principal, refusal: OnboardingError | None) -> None:
+        """Raise `UnauthenticatedError` or `ForbiddenError` to whoever may not, or the refusal."""
         if refusal is not None:
             raise refusal
         check_access(self._operation.access, principal)

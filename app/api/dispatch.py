@@ -33,7 +33,7 @@ from app.errors import (
     InvalidStepDataError,
     OnboardingError,
     SessionNotFoundError,
-    StoreError,
+    StoreUnavailableError,
     TaskNotFoundError,
 )
 from app.onboarding.access import NOBODY, Access
@@ -99,12 +99,21 @@ class Endpoint:
         if self._operation.quiet:
             scope[QUIET] = True
         call = await _check(self._operation, scope, receive)
-        if self._operation.has_limit or self._operation.quiet:
+        # Counted from here on: whoever takes their time to send a body keeps nobody out.
+        match self._operation.at_once:
+            case "requests":
+                counted, whose = call.services.in_flight, ""
+            case "transfers":
+                counted = call.services.transfers
+                whose = call.session_id or call.principal.identity
+            case "own":
+                await self._answer(call, scope, receive, send)
+                return
+        counted.enter(whose)
+        try:
             await self._answer(call, scope, receive, send)
-            return
-        # From here on: whoever takes his time to send a body keeps nobody out.
-        with call.services.in_flight:
-            await self._answer(call, scope, receive, send)
+        finally:
+            counted.leave(whose)
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         if call.session_id:
@@ -125,12 +134,14 @@ class Endpoint:
             await self._handle(call, scope, receive, send)
             outcome = DONE
         except OnboardingError as failure:
-            # Where the store failed, it may have been done all the same.
-            outcome = failure.code if isinstance(failure, StoreError) else None
+            # Where the store did not answer, it may have been done all the same.
+            outcome = failure.code if isinstance(failure, StoreUnavailableError) else None
             raise
         finally:
             context = get_context()
-            if outcome is not None and context is not None:
+            # Of nobody it is only known what they did when it succeeded.
+            is_known = outcome == DONE or self._operation.access is not Access.OPEN
+            if outcome is not None and is_known and context is not None:
                 operates = self._operation.access is Access.OPERATE
                 call.services.audit.record(
                     str(call.principal),

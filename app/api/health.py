@@ -35,6 +35,7 @@ def _probe(path: str, name: str, summary: str, handler: Handler) -> Operation:
         summary=summary,
         tag="Health",
         quiet=True,
+        at_once="own",
         answers=[
             Answer(description="It is well", schema=HealthReport),
             Answer(status=503, description="It is not; `reason` says why", schema=HealthReport),
@@ -52,6 +53,7 @@ OPERATIONS = [
         summary="Say that the process runs; touches nothing",
         tag="Health",
         quiet=True,
+        at_once="own",
         answers=[
             Answer(
                 description="It runs",

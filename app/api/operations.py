@@ -64,8 +64,9 @@ class Operation:
     their errors need not be listed in `errors`. `access` is what is asked of the caller. `query`
     describes further parameters by name, `headers` names headers that the operation reads itself.
 
-    A `quiet` one has no line in the log: probes. One that `has_limit` of its own is none of the
-    requests that are counted as being served: it may last. What is `audited` stays on record.
+    A `quiet` one has no line in the log: probes. `at_once` says among what it is counted while it
+    is served: what may last is counted apart, or has a limit of its own. What is `audited` stays
+    on record.
     """
 
     methods: Sequence[str]
@@ -83,5 +84,5 @@ class Operation:
     preconditions: Sequence[Literal["If-Match", "If-None-Match"]] = ()
     idempotency_key: bool = False
     quiet: bool = False
-    has_limit: bool = False
+    at_once: Literal["requests", "transfers", "own"] = "requests"
     audited: bool = False

@@ -59,8 +59,11 @@ async def list_resume_tokens(call: Call) -> Response:
 async def revoke_resume_token(call: Call) -> Response:
     """Revoke a resume token."""
     token_id = call.parameters["token_id"]
-    revoked = await call.services.tokens.revoke_resume_token(call.session_id, token_id)
-    call.services.access.forget_tokens(call.session_id)
+    try:
+        revoked = await call.services.tokens.revoke_resume_token(call.session_id, token_id)
+    finally:
+        # Where the store did not answer, it may have been done all the same.
+        call.services.access.forget_tokens(call.session_id)
     return call.answer(revoked)
 
 

@@ -128,7 +128,7 @@ MAY: Mapping[Access, frozenset[Kind | Scope]] = {
 
 def check_access(access: Access, principal: Principal) -> None:
     """Raise `UnauthenticatedError` for nobody, `ForbiddenError` for somebody who may not."""
-    if access not in MAY or principal.kind is Kind.ANYONE:
+    if access in (Access.PUBLIC, Access.OPEN) or principal.kind is Kind.ANYONE:
         return
     if principal.kind is Kind.NOBODY:
         raise UnauthenticatedError

@@ -146,7 +146,7 @@ class AccessService:
         if self._keyring is None:
             raise UnauthenticatedError("This is no session token, and no others are taken here")
         verified = await self._keyring.verify(token)
-        return verified.principal, min(int(verified.expires_at_s * 1000), LAST_MS)
+        return verified.principal, int(min(verified.expires_at_s * 1000, LAST_MS))
 
     async def _verify_session_token(self, token: SessionToken) -> tuple[Principal, int]:
         try:

@@ -145,12 +145,21 @@ class Turns:
             async with asyncio.timeout(limit_s):
                 await turn
         except BaseException as ended:
-            if not turn.cancelled():
+            if turn.cancelled():
+                self._leave(session_id, turn)
+            else:
                 # It came just as it was given up.
                 self.give_back()
             if isinstance(ended, TimeoutError):
                 raise RateLimitedError from None
             raise
+
+    def _leave(self, session_id: str, turn: asyncio.Future[None]) -> None:
+        line = self._lines.get(session_id, deque())
+        if turn in line:
+            line.remove(turn)
+            if not line:
+                del self._lines[session_id]
 
     def give_back(self) -> None:
         """End a turn."""

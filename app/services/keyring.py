@@ -89,7 +89,7 @@ class Keyring:
         self._look: asyncio.Task[None] | None = None
         self._looking_on: asyncio.Task[None] | None = None
         self._pause_s = RETRY_AFTER_S
-        self._asked_s = -ASK_AGAIN_S
+        self._not_before_s = 0.0
 
     async def start(self) -> None:
         """Fetch the keys, and go on doing so beside the requests.
@@ -132,9 +132,9 @@ class Keyring:
 
     async def _look_again(self, provider: Provider) -> None:
         if self._look is None or self._look.done():
-            if monotonic_s() - self._asked_s < ASK_AGAIN_S:
+            if monotonic_s() < self._not_before_s:
                 return
-            self._asked_s = monotonic_s()
+            self._not_before_s = monotonic_s() + ASK_AGAIN_S
         # A request that is given up gives up its wait; the look is everybody's.
         await asyncio.wait([self._begin_look(provider)], timeout=WAIT_S)
 
@@ -158,6 +158,8 @@ class Keyring:
         except Exception as failure:  # noqa: BLE001 - whatever it is, the next look may be better
             status = failure.response.status_code if isinstance(failure, HTTPStatusError) else None
             log.warning("jwks_fetch_failed", exception=type(failure).__name__, status=status)
+            # Whoever has a new key should not have to wait for it longer than for the next look.
+            self._not_before_s = min(self._not_before_s, monotonic_s() + RETRY_AFTER_S)
             return
         self._pause_s = REFRESH_EVERY_S
         if not keys:

@@ -6,7 +6,7 @@ the bucket has filled again, and nobody is let through without a token as long a
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from math import ceil
@@ -29,6 +29,10 @@ in processes that do not spend them."""
 MOST_CALLERS = 10_000
 """How many callers are remembered for each limit. Whoever was longest away is forgotten first, and
 loses what was taken for them."""
+
+TRANSFERS_OF_ONE = 8
+"""How many files of one session a process takes and gives at once: as many as it has connections
+for their parts."""
 
 PAUSE_S = 1.0
 """How long the store is left alone once it did not answer, in seconds."""
@@ -217,24 +221,38 @@ class Limiter:
 
 
 class InFlight:
-    """Counts what a process is serving: `with in_flight` for as long as that is."""
+    """Counts what a process is serving: so much at once, and so much of it for one of many.
 
-    def __init__(self, most: int) -> None:
+    What was entered must be left. What is nobody's, `whose` is empty, has no share.
+    """
+
+    def __init__(self, most: int, share: int | None = None) -> None:
         self._most = most
+        self._share = share
         self._count = 0
+        self._of: Counter[str] = Counter()
 
     def check(self) -> None:
-        """Raise `OverloadedError` when as many are being served as may be."""
+        """Raise `OverloadedError` when as much is being served as may be."""
         if self._count >= self._most:
             raise OverloadedError
 
-    def __enter__(self) -> None:
+    def enter(self, whose: str = "") -> None:
         """Count one more. Raises `OverloadedError`."""
         self.check()
+        if whose and self._share is not None:
+            if self._of[whose] >= self._share:
+                raise OverloadedError
+            self._of[whose] += 1
         self._count += 1
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self, whose: str = "") -> None:
+        """Count one less."""
         self._count -= 1
+        if whose in self._of:
+            self._of[whose] -= 1
+            if not self._of[whose]:
+                del self._of[whose]
 
 
 def make_limiter(gateway: Gateway, settings: Settings) -> Limiter:

@@ -83,6 +83,10 @@ class TokenService:
             seed=None if request is None else first.seed,
         )
         if view["session_id"] != first.session_id:
+            now = await self._manager.get_session(view["session_id"])
+            if (now["workspace_id"], now["user_id"]) != (owner.workspace_id, owner.user_id):
+                # It is somebody else's by now.
+                return cast("NewSessionView", view)
             token = await self._tell_again(view["session_id"], credential)
         return NewSessionView(**view, session_token=token)
 

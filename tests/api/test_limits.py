@@ -13,6 +13,7 @@ from app.api.problems import describe
 from app.errors import RateLimitedError
 from app.onboarding.access import Scope
 from app.onboarding.limits import Limit, Policy, Standing
+from app.services.limits import TRANSFERS_OF_ONE
 from tests.access import AUTH, bearer, machine, user
 from tests.api.helpers import (
     CREATE,
@@ -217,3 +218,26 @@ async def test_who_leaves_is_not_counted_any_more(serve: Serve, path: str) -> No
         async with api.stream("GET", f"{BASE}/{session_id}/{path}") as response:
             assert response.status_code == 200
         assert (await SAVE.send(api, session_id)).is_success
+
+
+async def test_transfers_are_counted_apart_and_no_session_has_many(serve: Serve) -> None:
+    api: AsyncClient = await serve(max_in_flight=TRANSFERS_OF_ONE + 1)
+    one, other = await create(api), await create(api)
+    writers = []
+    for _ in range(TRANSFERS_OF_ONE):
+        _, writer = await asyncio.open_connection(api.base_url.host, api.base_url.port)
+        head = f"PUT {BASE}/{one}/result HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n"
+        writer.write(f"{head}1".encode())
+        writers.append(writer)
+    async with asyncio.timeout(5):
+        while (refused := await api.put(f"{BASE}/{one}/result", content=b"x")).status_code == 201:
+            pass
+    problem_of(refused, "overloaded")
+    for _ in range(3):
+        assert (await SAVE.send(api, one)).is_success
+        assert (await api.put(f"{BASE}/{other}/result", content=b"x")).status_code == 201
+    for writer in writers:
+        writer.close()
+    async with asyncio.timeout(5):
+        while (await api.put(f"{BASE}/{one}/result", content=b"x")).status_code != 201:
+            pass

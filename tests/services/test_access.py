@@ -15,6 +15,7 @@ from app.errors import (
     UnauthenticatedError,
 )
 from app.onboarding.access import ANYONE, NOBODY, ApiKey, Kind, Principal, Scope
+from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.jwt import Verified
 from app.onboarding.sessions import Owner
 from app.services.access import KEPT_MS, REMEMBERED, AccessService, make_access_service
@@ -220,3 +221,29 @@ def test_a_world_is_replaced_and_never_changed_and_gone_afterwards() -> None:
     reset_context(token)
     learn(session_id="t")
     assert get_context() is None
+
+
+async def test_a_token_that_is_good_for_longer_than_any_calendar_is_taken(house: House) -> None:
+    assert await house.access.identify(as_bytes(user("ada", "acme", exp=1e308))) == ADA
+
+
+async def test_a_repeat_tells_the_token_again_to_whose_the_session_is_still(house: House) -> None:
+    ada = Owner("acme", "ada", "en")
+
+    async def begin(credential: bytes = b"x") -> dict[str, str | None]:
+        request = IdempotentRequest("scope", "0f" * 32)
+        view = await house.tokens.begin_session(ada, credential=credential, request=request)
+        return {"session_id": view["session_id"], "token": view.get("session_token")}
+
+    first = await begin()
+    assert first["token"]
+    assert await begin() == first
+    # Who shows something newer gets another token, which is as good.
+    other = await begin(b"y")
+    assert other["session_id"] == first["session_id"]
+    assert other["token"] not in (None, first["token"])
+    for told in (first, other):
+        shown_token = f"Bearer {told['token']}".encode()
+        assert (await house.access.identify(shown(shown_token))).name == first["session_id"]
+    await house.manager.set_metadata(str(first["session_id"]), "bob", "acme")
+    assert await begin() == {"session_id": first["session_id"], "token": None}
