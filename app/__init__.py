@@ -15,6 +15,7 @@ finalize freezes them into an export; a generator turns the export into a docume
     settings      the environment, read once          address   where the store is, from a URL
     errors        everything that can go wrong        clock     the only place that asks the time
     context       the world of one request            logs      one event a line
+    metrics       what is measured, and how it is told
     wiring        which object gets which other       main      the ASGI application
     server        uvicorn, with what it says by itself said our way
     __main__      the process: store first up, last down

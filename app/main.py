@@ -19,6 +19,7 @@ from app.api.middleware import DeadlineMiddleware, ExactCORSMiddleware, RequestM
 from app.api.problems import ProblemMiddleware, describe_http_exception
 from app.api.routes import build_routes
 from app.logs import configure_logging
+from app.metrics import discard_shared
 from app.settings import Settings, load_settings
 from app.wiring import AppState, build_services
 
@@ -65,6 +66,8 @@ def _lifespan(settings: Settings) -> Callable[[Starlette], AbstractAsyncContextM
             yield AppState(services=services, settings=settings)
         finally:
             await services.aclose()
+            if _is_orphan():
+                discard_shared()
             log.info("process_stopped")
 
     return lifespan
@@ -102,6 +105,11 @@ def _announcing(
             stop(number, frame)
 
     return drain
+
+
+def _is_orphan() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 def _end_with_parent() -> None:

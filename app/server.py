@@ -15,6 +15,7 @@ from uvicorn.supervisors import Multiprocess
 from app.api.problems import problem
 from app.api.streaming import ABORT
 from app.context import new_request_id
+from app.metrics import forget_process, shared_by_workers
 
 log = structlog.get_logger()
 
@@ -72,7 +73,8 @@ def serve(factory: str, listener: socket.socket, workers: int) -> int:
     config = make_config(factory, factory=True, workers=workers)
     if workers > 1:
         crew = Crew(config, sockets=[listener])
-        crew.run()
+        with shared_by_workers():
+            crew.run()
         failed = any(worker.exitcode == STARTUP_FAILURE for worker in crew.processes)
         return STARTUP_FAILURE if failed else 0
     server = uvicorn.Server(config)
@@ -102,11 +104,21 @@ class Crew(Multiprocess):
     """Workers that are stopped by the signal that came: at SIGINT they do not drain."""
 
     _signal = signal.SIGTERM
+    _known: frozenset[int | None] = frozenset()
 
     def handle_int(self) -> None:
         """Stop at once, as a keyboard asks."""
         self._signal = signal.SIGINT
         super().handle_int()
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace workers that have died, and count none that is gone as one that serves."""
+        super().keep_subprocess_alive()
+        known = frozenset(worker.pid for worker in self.processes)
+        for pid in self._known - known:
+            if pid is not None:
+                forget_process(pid)
+        self._known = known
 
     def terminate_all(self) -> None:
         """Pass the signal on; a worker that does not serve yet has nothing to drain."""

@@ -15,6 +15,7 @@ from app.services.generation import GenerationService
 from app.services.health import HealthMonitor
 from app.services.limits import TRANSFERS_OF_ONE, InFlight, Limiter, make_limiter
 from app.services.manager import LEARN_EVERY_S, OnboardingSessionManager, make_manager
+from app.services.metrics import MetricsService
 from app.services.retention import RetentionService, make_retention_service
 from app.services.stats import StatsService, make_stats_service
 from app.services.tasks import TaskService
@@ -46,6 +47,7 @@ class Services:
     in_flight: InFlight
     transfers: InFlight
     health: HealthMonitor
+    metrics: MetricsService
     learning: Repeated
     gateway: Gateway
     subscription: Subscription
@@ -61,6 +63,7 @@ class Services:
         self.audit.start()
         await self.access.start()
         self.learning.start()
+        self.metrics.start()
         await self.retention.start()
 
     def stop_soon(self) -> None:
@@ -79,6 +82,7 @@ class Services:
         await self.access.aclose()
         await self.assistant.aclose()
         await self.files.aclose()
+        await self.metrics.aclose()
         await self.gateway.aclose()
 
 
@@ -101,22 +105,29 @@ def build_services(settings: Settings) -> Services:
     files = make_file_service(gateway, manager, settings)
     tasks = TaskService(gateway, settings.task_rules)
     limits = StreamLimits(settings.max_streams, settings.max_streams_per_session)
+    events = EventService(gateway, subscription, limits)
+    stats = make_stats_service(gateway, settings)
+    assistant = make_assistant(gateway, settings)
+    in_flight = InFlight(settings.max_in_flight)
+    transfers = InFlight(settings.max_in_flight, TRANSFERS_OF_ONE)
+    health = HealthMonitor(make_probe(settings), gateway)
     return Services(
         manager=manager,
         generation=GenerationService(gateway, files),
-        events=EventService(gateway, subscription, limits),
+        events=events,
         files=files,
         tasks=tasks,
         tokens=TokenService(gateway, manager),
         retention=make_retention_service(gateway, tasks, settings),
-        stats=make_stats_service(gateway, settings),
-        assistant=make_assistant(gateway, settings),
+        stats=stats,
+        assistant=assistant,
         audit=make_audit_trail(gateway),
         access=make_access_service(gateway, settings),
         limiter=make_limiter(gateway, settings),
-        in_flight=InFlight(settings.max_in_flight),
-        transfers=InFlight(settings.max_in_flight, TRANSFERS_OF_ONE),
-        health=HealthMonitor(make_probe(settings), gateway),
+        in_flight=in_flight,
+        transfers=transfers,
+        health=health,
+        metrics=MetricsService(stats, events, assistant, in_flight, transfers, health),
         learning=Repeated("catalogues", manager.learn_catalogues, LEARN_EVERY_S),
         gateway=gateway,
         subscription=subscription,

@@ -17,7 +17,7 @@ APP = Path(__file__).parent.parent / "app"
 
 RINGS = ("onboarding", "store", "services", "api")
 
-EVERYONES = {"errors", "clock", "context", "__version__"}
+EVERYONES = {"errors", "clock", "context", "metrics", "__version__"}
 
 ARROWS: dict[str, set[str]] = {
     # The rings: api -> services -> store -> onboarding, and everyone -> onboarding.
@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     # What everyone may use knows nobody.
     "errors": set(),
     "clock": set(),
+    "metrics": set(),
     # The request's world is told in the domain's words.
     "context": {"onboarding"},
     "__init__": set(),
@@ -62,6 +63,7 @@ HOMES: dict[str, set[str]] = {
     "async_lru": {"services"},
     # In memory, and so as pure as a dict.
     "sqlite3": {"onboarding"},
+    "prometheus_client": {"metrics"},
 }
 """The parts that alone may import a library."""
 
@@ -77,7 +79,7 @@ ASYNCHRONOUS = (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)
 FEATURES = {
     *("sessions", "steps", "progress", "catalogue", "exports", "generation", "tasks"),
     *("retention", "stats", "access", "limits", "assistant", "health", "events", "files", "jobs"),
-    *("feed", "recovery", "tokens", "audit"),
+    *("feed", "recovery", "tokens", "audit", "metrics"),
 }
 """The stems of the features: the same one in every ring."""
 
@@ -351,6 +353,8 @@ OFFENCES: list[tuple[Wall, str, str]] = [
     (libraries_from_home, "generator.py", "import tenacity"),
     (libraries_from_home, "services/files.py", "import python_multipart"),
     (libraries_from_home, "store/assistant.py", "import sqlite3"),
+    (libraries_from_home, "services/metrics.py", "from prometheus_client import Counter"),
+    (arrows_back, "onboarding/limits.py", "from app.metrics import REFUSALS"),
     (libraries_from_home, "api/assistant.py", "from async_lru import alru_cache"),
     (libraries_from_home, "api/access.py", "from httpx2 import AsyncClient"),
     (libraries_from_home, "services/keyring.py", "from joserfc import jwt"),

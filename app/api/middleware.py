@@ -18,6 +18,7 @@ from app.api.streaming import EXTEND
 from app.clock import monotonic_s
 from app.context import RequestContext, get_context, new_request_id, reset_context, set_context
 from app.errors import DeadlineExceededError
+from app.metrics import count_request
 
 log = structlog.get_logger()
 
@@ -28,11 +29,11 @@ HEADERS = "onboarding.headers"
 """Where whoever looks at a request leaves headers for its answer, whatever that will be."""
 
 QUIET = "onboarding.quiet"
-"""Where it says that no line is to be logged: for probes, which ask every second."""
+"""Where it says that nothing is to be logged or counted: for probes, which ask every second."""
 
 
 class RequestMiddleware:
-    """Gives each request an id and a context, and logs one line when it is done."""
+    """Gives each request an id and a context, counts it, and logs one line when it is done."""
 
     def __init__(self, app: ASGIApp, deadline_s: float) -> None:
         self.app = app
@@ -50,6 +51,7 @@ class RequestMiddleware:
         request_id = sent if is_request_id(sent) else new_request_id()
         context = RequestContext(request_id, begun_s + self._deadline_s)
         status = CLIENT_CLOSED
+        answered_s = 0.0
 
         waits_for_leave = "expect" in headers
         read = False
@@ -61,9 +63,9 @@ class RequestMiddleware:
             return message
 
         async def note(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered_s
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answered_s = message["status"], monotonic_s()
                 answer = MutableHeaders(scope=message)
                 answer["x-request-id"] = request_id
                 answer.update(scope.get(HEADERS, {}))
@@ -80,12 +82,15 @@ class RequestMiddleware:
         finally:
             if QUIET not in scope:
                 known = get_context() or context
+                method, route, ended_s = scope["method"], scope.get(ROUTE), monotonic_s()
+                # Until the answer began: what comes after it goes at the pace of the client.
+                count_request(route, method, status, (answered_s or ended_s) - begun_s)
                 log.info(
                     "request_served",
-                    method=scope["method"],
-                    route=scope.get(ROUTE),
+                    method=method,
+                    route=route,
                     status=status,
-                    duration_ms=round((monotonic_s() - begun_s) * 1000, 2),
+                    duration_ms=round((ended_s - begun_s) * 1000, 2),
                     redis_commands=context.meter.commands,
                     retries=context.meter.retries,
                     principal=known.principal.label,

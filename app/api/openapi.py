@@ -97,7 +97,7 @@ def codes_of(operation: Operation) -> list[str]:
         codes.append("malformed_json")
     if operation.access in MAY:
         codes += ["unauthenticated", "forbidden"]
-    if "/api/" in operation.path:
+    if operation.access is not Access.PUBLIC:
         codes.append("rate_limited")
         codes += ["store_unavailable", "overloaded", "deadline_exceeded", "internal_error"]
         if any(method != "GET" for method in operation.methods):
@@ -174,7 +174,7 @@ def _request_body(body: Body | Stream, schemas: _Schemas) -> dict[str, Any]:
 
 
 def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
-    limited = _LIMITS if "/api/" in operation.path else ()
+    limited = () if operation.access is Access.PUBLIC else _LIMITS
     responses = {
         str(answer.status): _answer(answer, limited, schemas) for answer in operation.answers
     }

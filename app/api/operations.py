@@ -64,9 +64,9 @@ class Operation:
     their errors need not be listed in `errors`. `access` is what is asked of the caller. `query`
     describes further parameters by name, `headers` names headers that the operation reads itself.
 
-    A `quiet` one has no line in the log: probes. `at_once` says among what it is counted while it
-    is served: what may last is counted apart, or has a limit of its own. What is `audited` stays
-    on record.
+    A `quiet` one is neither logged nor measured: probes. `at_once` says among what it is counted
+    while it is served: what may last is counted apart, or has a limit of its own. What is `audited`
+    stays on record.
     """
 
     methods: Sequence[str]

@@ -15,6 +15,7 @@ from app.api import (
     files,
     generation,
     health,
+    metrics,
     progress,
     retention,
     sessions,
@@ -63,6 +64,7 @@ OPERATIONS: list[Operation] = [
     *retention.OPERATIONS,
     *audit.OPERATIONS,
     *health.OPERATIONS,
+    *metrics.OPERATIONS,
     Operation(
         methods=["GET"],
         path=OPENAPI_PATH,

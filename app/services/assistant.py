@@ -134,6 +134,11 @@ class Turns:
         finally:
             self._taken -= Counter([session_id])
 
+    @property
+    def waiting(self) -> int:
+        """How many stand in the queue."""
+        return self._taken.total()
+
     async def take(self, session_id: str, limit_s: float) -> None:
         """Wait for a turn. Raises `RateLimitedError` when none comes in so many seconds."""
         if self._free:
@@ -290,6 +295,16 @@ class AssistantService:
             is_answered=answer["answer"] is not None,
         )
         return answer
+
+    @property
+    def running(self) -> int:
+        """How many questions are being answered."""
+        return len(self._answering)
+
+    @property
+    def waiting(self) -> int:
+        """How many questions of this event loop wait for their turn."""
+        return self._turns.get().waiting
 
     def stop_soon(self) -> None:
         """Tell everybody who reads along that it is over."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import structlog
 
 from app.clock import now_ms
+from app.metrics import AUDIT_DROPPED
 from app.onboarding.audit import MAX_AUDITED, USUAL_AUDITED, AuditEvent, AuditList, Lane
 from app.onboarding.cursors import check_limit
 from app.onboarding.events import parse_after
@@ -68,6 +69,7 @@ class AuditTrail:
         waiting = self._waiting[lane]
         if len(waiting) == MAX_WAITING:
             self._dropped += 1
+            AUDIT_DROPPED.inc()
         self._noted += 1
         event = AuditEvent(now_ms(), who, action, session_id, outcome, lane)
         waiting.append(_Noted(self._noted, event))
@@ -98,6 +100,7 @@ class AuditTrail:
             self._writing = None
         lost = len(self._batch) + sum(map(len, self._waiting.values()))
         if lost:
+            AUDIT_DROPPED.inc(lost)
             log.warning("audit_events_lost", count=lost)
 
     async def _settle(self, limit_s: float) -> None:

@@ -145,6 +145,11 @@ class EventService:
         await self._subscription.remove(follower.channel, follower.hear)
 
     @property
+    def followers(self) -> int:
+        """How many follow."""
+        return len(self._followers)
+
+    @property
     def can_hear(self) -> bool:
         """Whether the store can tell that a log has grown."""
         return self._subscription.is_connected

@@ -70,11 +70,25 @@ class HealthMonitor:
         await self._looking.aclose()
         await self._probe.aclose()
 
+    @property
+    def status(self) -> Status:
+        """How the service is, in a word, from the last look."""
+        if self._stopping:
+            return "stopping"
+        if self._look.writable:
+            return "ok"
+        return "degraded" if self._look.readable else "down"
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the store could be read at the last look."""
+        return self._look.readable
+
     def report(self) -> HealthReport:
         """Say how the service is, from the last look."""
         look = self._look
         report = HealthReport(
-            status=self._status(),
+            status=self.status,
             redis=RedisHealth(
                 connected=look.readable,
                 writable=look.writable,
@@ -91,18 +105,11 @@ class HealthMonitor:
             report["reason"] = "stopping" if self._stopping else str(look.fault)
         return report
 
-    def _status(self) -> Status:
-        if self._stopping:
-            return "stopping"
-        if self._look.writable:
-            return "ok"
-        return "degraded" if self._look.readable else "down"
-
     async def _look_once(self) -> None:
-        before = self._status()
+        before = self.status
         first = self._look is _UNSEEN
         self._look = await self._probe.look()
-        status = self._status()
+        status = self.status
         if status != before or first:
             log.info("store_health_changed", status=status, fault=self._look.fault)
             if self._look.readable:

@@ -15,6 +15,7 @@ import structlog
 
 from app.clock import monotonic_s
 from app.errors import OverloadedError, RateLimitedError, StoreError
+from app.metrics import REFUSALS
 from app.onboarding.limits import Limit, Policy, Standing, describe_refusal
 from app.settings import Settings
 from app.store.gateway import Gateway
@@ -75,6 +76,7 @@ class _Allowance:
         self._take = take
         self._refill_s = limit.window_s / limit.quota
         self._purses: OrderedDict[str, _Purse] = OrderedDict()
+        self._refusals = REFUSALS.labels(policy.value)
 
     async def spend(self, caller: str) -> Standing | None:
         """Spend one token; None when it is not known whether there is one.
@@ -122,6 +124,7 @@ class _Allowance:
             raise self._refusal(purse.refused_until_s - now_s)
 
     def _refusal(self, wait_s: float) -> RateLimitedError:
+        self._refusals.inc()
         retry_after_s = max(1, ceil(wait_s))
         return LimitReachedError(Standing(self._policy, self._limit, 0, retry_after_s))
 
@@ -231,6 +234,11 @@ class InFlight:
         self._share = share
         self._count = 0
         self._of: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        """How many are being served."""
+        return self._count
 
     def check(self) -> None:
         """Raise `OverloadedError` when as much is being served as may be."""

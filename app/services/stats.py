@@ -13,6 +13,7 @@ from app.onboarding.stats import (
     MAX_OWN_PAGE,
     MAX_PAGE,
     CapacityHealth,
+    Counts,
     OwnSessionPage,
     SessionPage,
     SessionRow,
@@ -117,6 +118,10 @@ class StatsService:
             ],
             next_cursor=write_cursor(place) if place else None,
         )
+
+    async def count(self) -> Counts:
+        """Count everything, as the index has it."""
+        return await self._store.count(self._catalogue.pin, now_ms())
 
     async def get_performance_stats(self) -> StatsView:
         """Count everything: `GET /stats`."""

@@ -33,6 +33,7 @@ from app.errors import (
     IdempotencyMismatchError,
     StoreError,
 )
+from app.metrics import STORE_ERRORS, STORE_RETRIES, STORE_TALLY
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.client import close_client
 from app.store.faults import Fault, Remedy, corrupt, judge
@@ -127,7 +128,7 @@ class Gateway:
             fault = judge(failure)
             if fault is None:
                 raise
-            self._failures.append(monotonic_s())
+            self._count(fault)
             raise _error_of(fault, keys) from None
 
     async def remove(self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()) -> Reply:
@@ -237,6 +238,7 @@ class Gateway:
             fault = judge(failure) if isinstance(failure, Exception) else None
             kind = fault.kind if fault else "unknown"
             log.warning("store_call_retried", call=what, fault=kind, attempt=state.attempt_number)
+            STORE_RETRIES.inc()
             if context is not None:
                 context.meter.retries += 1
 
@@ -260,8 +262,12 @@ class Gateway:
         fault = judge(failure) if isinstance(failure, Exception) else None
         if fault is None:
             return False
-        self._failures.append(monotonic_s())
+        self._count(fault)
         return fault.remedy is Remedy.RETRY
+
+    def _count(self, fault: Fault) -> None:
+        self._failures.append(monotonic_s())
+        STORE_ERRORS.labels(fault.kind).inc()
 
     async def _run(self, script: Script, keys: list[str], args: list[Argument]) -> Any:
         try:
@@ -274,6 +280,7 @@ class Gateway:
         context = get_context()
         if context is not None:
             context.meter.commands += 1
+        STORE_TALLY.commands += 1
         loop = asyncio.get_running_loop()
         client = self._clients.get(loop)
         if client is None:

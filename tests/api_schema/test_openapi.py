@@ -113,7 +113,7 @@ CONTRACT: dict[tuple[str, str], set[str]] = {
     ("GET", f"{ADMIN}/config"): {"store_unavailable"},
     ("PATCH", f"{ADMIN}/config"): STORE | BODY | {"invalid_request"},
     **{("GET", path): set() for path in (f"{BASE}/steps", "/livez", "/health", "/healthz")},
-    **{("GET", path): set() for path in ("/readyz", "/openapi.json", "/docs")},
+    **{("GET", path): set() for path in ("/readyz", "/openapi.json", "/docs", "/metrics")},
 }
 
 
@@ -765,7 +765,8 @@ async def test_every_answer_of_a_walk_is_as_the_document_describes_it(
         await walk("GET", probe, 200)
 
     succeeded = {(method, path) for method, path, status in walk.seen if status < 300}
-    assert set(operations()) - succeeded == {("GET", "/openapi.json"), ("GET", "/docs")}
+    aside = {("GET", path) for path in ("/openapi.json", "/docs", "/metrics")}
+    assert set(operations()) - succeeded == aside
 
 
 async def test_what_is_no_call_at_all_is_a_problem_as_the_document_describes_it(

@@ -56,11 +56,13 @@ class ServiceProcess:
         self.data_dir = data_dir
         self._stdout, self._stderr = files / "stdout", files / "stderr"
         self._mark = f"STARTED_BY_TEST={files}"
+        # What it leaves behind when it is killed goes with the files of the test.
+        own = {"STARTED_BY_TEST": str(files), "TMPDIR": str(files), **environment}
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 _ends_with_us([sys.executable, "-m", "app"]),
                 cwd=REPOSITORY,
-                env=environment_for(data_dir, STARTED_BY_TEST=str(files), **environment),
+                env=environment_for(data_dir, **own),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -316,6 +318,11 @@ class IdleConnection:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def shared(directory: Path) -> list[Path]:
+    """Find what workers share, for which a service has made it in its TMPDIR."""
+    return [*directory.glob("onboarding-metrics-*")]
 
 
 @contextmanager

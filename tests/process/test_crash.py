@@ -23,6 +23,7 @@ from tests.process.service_process import (
     environment_for,
     linux_only,
     save_step,
+    shared,
     within,
 )
 from tests.servers import wait_until
@@ -89,14 +90,17 @@ def saved_numbers(service: ServiceProcess, sessions: set[str]) -> dict[tuple[str
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_of_the_service_loses_no_acknowledged_write_and_leaves_no_process(
-    start: StartService, workers: int
+    start: StartService, tmp_path: Path, workers: int
 ) -> None:
-    service = start(WEB_CONCURRENCY=str(workers)).wait_until_ready(workers)
+    own = {"WEB_CONCURRENCY": str(workers), "TMPDIR": str(tmp_path)}
+    service = start(**own).wait_until_ready(workers)
+    assert len(shared(tmp_path)) == workers - 1
     writer = Writer(service)
     wait_until(lambda: len(writer.acknowledged) >= 300, 30.0, "300 steps are saved")
     service.kill()
     wait_until(lambda: not service.stores(), 5.0, "no orphan of the store is left")
     wait_until(lambda: not service.processes(), 5.0, "no orphan of a worker is left")
+    assert shared(tmp_path) == []
     writer.join()
     # Of two processes the store may end before the one that still serves.
     assert writer.last_status in (None, 503)
