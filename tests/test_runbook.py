@@ -1,9 +1,13 @@
-"""The runbook is compared with the code: every event of the log stands in it, and no other."""
+"""The runbook is compared with the code: every event of the log and every metric, and no other."""
 
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from app import metrics
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
@@ -53,3 +57,31 @@ def test_and_what_a_warning_or_an_error_asks_for() -> None:
         means, _, do = rest.partition(" | ")
         assert means, name
         assert do or level in {"info", "debug"}, name
+
+
+def metrics_of_the_code() -> dict[str, list[str]]:
+    """Give the labels of every metric that a service tells, by its name."""
+    metrics.count_request(None, "GET", 200, 0.0)
+    metrics.settle()
+    metrics.STORE_ERRORS.labels("timeout")
+    metrics.REFUSALS.labels("requests")
+    metrics.ASKS.labels("running")
+    metrics.IN_FLIGHT.labels("requests")
+    metrics.PROCESSES.labels("ok")
+    told = metrics.describe_sessions({"pending": 0}, {"last_run": 0})
+    found = {}
+    for family in text_string_to_metric_families(metrics.render("", told).text.decode()):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = [label for label in family.samples[0].labels if label != "le"]
+        found[name] = sorted(labels)
+    return found
+
+
+def test_every_metric_stands_in_the_runbook_with_its_labels_and_what_to_do() -> None:
+    text = (ROOT / "deploy" / "runbook.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| `(onboarding_\w+)` \|((?: `\w+`)*) \| (.+) \| (.+) \|$", text, re.MULTILINE
+    )
+    labels = {name: sorted(re.findall(r"`(\w+)`", listed)) for name, listed, _, _ in rows}
+    assert len(labels) == len(rows)
+    assert labels == metrics_of_the_code()
