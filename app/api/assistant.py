@@ -42,7 +42,10 @@ class AskQuestion(BaseModel):
 
 async def ask_question(call: Call) -> "AwaitedAnswer":
     """Answer a question."""
-    return AwaitedAnswer(call, call.parse(AskQuestion).question)
+    asked = call.parse(AskQuestion)
+    # Before anything is begun: of a flood, most end here.
+    call.services.assistant.check_place(call.session_id)
+    return AwaitedAnswer(call, asked.question)
 
 
 async def stream_answer(call: Call) -> "AnswerStream":

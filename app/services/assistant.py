@@ -118,6 +118,12 @@ class Turns:
         self._taken: Counter[str] = Counter()
         self._lines: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
+    def check(self, session_id: str) -> None:
+        """Raise `RateLimitedError` when there is no place in the queue."""
+        share = max(1, self._places // 2)
+        if self._taken.total() >= self._places or self._taken[session_id] >= share:
+            raise RateLimitedError
+
     @contextmanager
     def queue(self, session_id: str) -> Iterator[None]:
         """Stand in the queue for the length of a block. Raises `RateLimitedError` when it is full.
@@ -125,9 +131,7 @@ class Turns:
         What a question asks of the store before it has its turn is asked from here, so that a flood
         of questions is none for the store.
         """
-        share = max(1, self._places // 2)
-        if self._taken.total() >= self._places or self._taken[session_id] >= share:
-            raise RateLimitedError
+        self.check(session_id)
         self._taken[session_id] += 1
         try:
             yield
@@ -217,6 +221,10 @@ class AssistantService:
         self._turns = PerLoop(lambda: Turns(limits.at_once, WAITING_PER_TURN * limits.at_once))
         self._answering: set[Answering] = set()
         self.stopping = False
+
+    def check_place(self, session_id: str) -> None:
+        """Raise `RateLimitedError` when a question would find no place in the queue."""
+        self._turns.get().check(session_id)
 
     async def ask(self, session_id: str, question: str) -> AnswerView:
         """Ask a question, 1 to 2,000 characters, and give the answer.
