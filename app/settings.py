@@ -233,7 +233,7 @@ class Settings(BaseSettings):
     upstash_redis_token: SecretStr | None = Field(None, validation_alias="UPSTASH_REDIS_TOKEN")
     data_dir: Path = Path(".data")
     key_hash_tag: Literal["auto", "on", "off"] = "auto"
-    durability: Literal["local"] = "local"
+    durability: Literal["local", "replicated"] = "local"
 
     # How the process serves.
     environment: Literal["development", "production"] = Field(
@@ -394,6 +394,8 @@ class Settings(BaseSettings):
         if address is None and self.environment == "production":
             known = "REDIS_URL, or UPSTASH_REDIS_URL and UPSTASH_REDIS_TOKEN"
             yield f"ENVIRONMENT: production needs a Redis of its own; set {known}"
+        if address is None and self.durability == "replicated":
+            yield f"{PREFIX}DURABILITY: the embedded store has no replica; set REDIS_URL or local"
         if address is not None and address.mode == "cluster" and self.key_hash_tag == "off":
             yield f"{PREFIX}KEY_HASH_TAG: off cannot work on a Cluster; use auto or on"
 
@@ -465,8 +467,7 @@ def _describe(location: tuple[int | str, ...], message: str) -> str:
     variable = variable_of(name)
     if name == "session_ttl_s" and variable not in os.environ and "SESSION_TTL" in os.environ:
         variable = "SESSION_TTL"
-    message = _NOT_BUILT.get(variable, " ".join(message.split()))
-    return f"{variable}: {message}"
+    return f"{variable}: {' '.join(message.split())}"
 
 
 def _field_of(location: str) -> str:
@@ -476,9 +477,3 @@ def _field_of(location: str) -> str:
         if location == name or location in aliases:
             return name
     raise LookupError(location)
-
-
-_NOT_BUILT = {
-    PREFIX + "DURABILITY": "only local is built so far",
-}
-"""Promises that would be dangerous to take and not keep."""

@@ -68,7 +68,13 @@ VARIABLES = [
         {"auto": "auto", "on": "on", "off": "off"},
         ["yes", "true", "auto,on"],
     ),
-    Variable("ONBOARDING_DURABILITY", "durability", "local", {"local": "local"}, ["none", "sync"]),
+    Variable(
+        "ONBOARDING_DURABILITY",
+        "durability",
+        "local",
+        {"local": "local"},
+        ["none", "sync"],
+    ),
     Variable(
         "ENVIRONMENT",
         "environment",
@@ -493,9 +499,11 @@ def test_a_fault_that_follows_from_another_is_not_named(env: Callable[..., None]
     assert "ENVIRONMENT" not in line
 
 
-def test_a_promise_that_is_not_kept_yet_is_refused_as_such(env: Callable[..., None]) -> None:
+def test_the_embedded_store_cannot_promise_a_replica(env: Callable[..., None]) -> None:
     env(ONBOARDING_DURABILITY="replicated")
-    assert "built so far" in refusal()
+    assert "ONBOARDING_DURABILITY: the embedded store has no replica" in refusal()
+    env(REDIS_URL="redis://h1")
+    assert load_settings().durability == "replicated"
 
 
 def test_settings_are_made_of_what_they_give(env: Callable[..., None]) -> None:

@@ -25,7 +25,7 @@ class CatalogueStore:
         if monotonic_s() - self._kept_at < KEPT_AGAIN_S:
             return
         key, pin = self._gateway.keys.catalogues, self.current.pin
-        await self._gateway.command("HSETNX", key, pin, self.current.text)
+        await self._gateway.write("HSETNX", key, pin, self.current.text)
         self._kept_at = monotonic_s()
 
     async def get(self, pin: str) -> Catalogue:

@@ -7,6 +7,7 @@ ASK and TRYAGAIN, where the node that answers so has refused the command.
 """
 
 import asyncio
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, cast
 
@@ -24,9 +25,18 @@ from redis.asyncio.cluster import ClusterNode, PipelineCommand
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.cluster import PRIMARY
+from redis.exceptions import ConnectionError as LostConnectionError
+from redis.exceptions import MovedError
+from redis.exceptions import TimeoutError as StoreTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from app.address import StoreAddress
+from app.store.faults import TooFewReplicasError
+
+Command = Sequence[str | bytes | int]
+
+REDIRECTIONS = 5
+"""How often a Cluster may send commands on to another node before that counts as a failure."""
 
 CANCEL_AGAIN_S = 0.1
 """How soon a task that did not end is cancelled again, in seconds."""
@@ -78,6 +88,47 @@ def make_client(
         kind = SSLConnection if address.tls else Connection
         data |= {"connection_class": kind, "host": host, "port": port}
     return Redis.from_pool(BlockingConnectionPool(**data))
+
+
+async def send_and_wait(
+    client: Redis | RedisCluster, key: str, commands: Sequence[Command], wait_ms: int
+) -> Any:
+    """Send commands about the slot of `key`, and have a replica confirm what they wrote.
+
+    All of it goes over one connection in one round trip: WAIT counts replicas that have what its
+    own connection wrote, and does not wait inside a script or a transaction. Gives the answer to
+    the first command. Raises the first error among the answers, and `TooFewReplicasError` when no
+    replica has confirmed within `wait_ms`.
+    """
+    row = [*commands, ("WAIT", 1, wait_ms)]
+    if isinstance(client, _Cluster):
+        answers = await client.send_in_a_row(key, row)
+    else:
+        pipeline = client.pipeline(transaction=False)
+        for command in row:
+            pipeline.execute_command(*command)
+        answers = await pipeline.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    if answers[-1] < 1:
+        raise TooFewReplicasError
+    return answers[0]
+
+
+async def leave_server(client: Redis | RedisCluster) -> None:
+    """Have every connection made anew before it is used again: the master may be another one.
+
+    Those in use finish what they are doing. A client of sentinels asks them again, one of a Cluster
+    asks for its nodes, any other looks its host up again.
+    """
+    if isinstance(client, RedisCluster):
+        if isinstance(client, _Cluster):
+            client.look_again()
+        return
+    pool: Any = client.connection_pool
+    await pool.update_active_connections_for_reconnect()
+    await pool.disconnect(inuse_connections=False)
 
 
 async def close_client(client: Redis | RedisCluster) -> None:
@@ -174,6 +225,31 @@ class _Cluster(RedisCluster):
             node = ClusterNode(new_host, int(new_port), PRIMARY, **self.connection_kwargs)
             self.nodes_manager.set_nodes(self.nodes_manager.nodes_cache, {node.name: node})
         return cast("ClusterNode", _AskedNode(node))
+
+    async def send_in_a_row(self, key: str, commands: Sequence[Command]) -> list[Any]:
+        """Send commands to the node of a key, on one connection; errors are among the answers.
+
+        A node that answers MOVED has carried out nothing, and the next one is asked. ASK is left to
+        be tried again later.
+        """
+        answers: list[Any] = []
+        for _ in range(REDIRECTIONS):
+            await self.initialize()
+            node = self.get_node_from_key(key)
+            pipeline = self.pipeline()
+            for command in commands:
+                pipeline.execute_command(*command, target_nodes=node)
+            answers = await pipeline.execute(raise_on_error=False, allow_redirections=False)
+            if type(answers[0]) is not MovedError:
+                break
+            await self.nodes_manager.move_slot(answers[0])
+        if any(isinstance(each, LostConnectionError | StoreTimeoutError) for each in answers):
+            self.look_again()
+        return answers
+
+    def look_again(self) -> None:
+        """Ask for the nodes before the next command. Connections that work stay open."""
+        self._initialize = True
 
 
 class _AskedNode:

@@ -30,6 +30,10 @@ SEND_LIMIT = 1.5
 """Longest sending, in time limits of one command: four of them and the waits between, 14.5 s by
 default, stay below the deadline of a request."""
 
+REPLICA_WAIT = 0.5
+"""How long one sending of a write waits for a replica, in time limits of one command: the answer
+to WAIT must come within one."""
+
 
 def connect(settings: Settings) -> Gateway:
     """Make a gateway to the configured store; it connects when it is first used.
@@ -66,18 +70,25 @@ def _connect(settings: Settings, connections: int, name: str) -> Gateway:
             jitter_s=settings.retry_jitter_s,
             deadline_s=settings.request_deadline_s,
         ),
+        replica_wait_ms=_if_replicated(settings, REPLICA_WAIT * settings.redis_timeout_s),
     )
 
 
 def make_probe(settings: Settings) -> Probe:
     """Make a probe of the same store with a connection of its own. Raises `EmbeddedStoreError`."""
     # Two connections: one look may still hold the first while it is being given up.
-    return Probe(_client_maker(settings, STEP_S, 2, "onboarding-health")(), Keys.canary)
+    client = _client_maker(settings, STEP_S, 2, "onboarding-health")()
+    return Probe(client, Keys.canary, _if_replicated(settings, REPLICA_WAIT * STEP_S))
 
 
 def store_mode(settings: Settings) -> str:
     """Name the kind of store: embedded, standalone, sentinel or cluster."""
     return "embedded" if settings.store_address is None else settings.store_address.mode
+
+
+def _if_replicated(settings: Settings, wait_s: float) -> int | None:
+    """Give a wait in milliseconds, at least one: WAIT 0 waits for ever."""
+    return max(1, int(wait_s * 1000)) if settings.durability == "replicated" else None
 
 
 def _client_maker(

@@ -44,7 +44,8 @@ class ExportStore:
     async def get_frozen(self, session_id: str) -> Frozen | None:
         """Read a finalized session's export with its counts; None when it is not finalized."""
         key = self._keys.session(session_id).export
-        session, [stored] = await self._sessions.get_with(session_id, [key])
+        # It answers a finalize that may have been done by another, who was not told so.
+        session, [stored] = await self._sessions.get_with(session_id, [key], is_promise=True)
         if session.state.finalized_ms is None:
             return None
         export = self._recognise(key, stored)

@@ -19,6 +19,10 @@ from app.errors import (
 log = structlog.get_logger()
 
 
+class TooFewReplicasError(Exception):
+    """A write that no replica has confirmed in time; the server itself may have it."""
+
+
 class Remedy(Enum):
     """What to do about a failure."""
 
@@ -32,12 +36,14 @@ class Remedy(Enum):
 class Fault(NamedTuple):
     """A failure, judged: its name for logs and counts, the remedy, the error for the caller.
 
-    No `error` stands for a record that cannot be read: only who asked knows which.
+    No `error` stands for a record that cannot be read: only who asked knows which. After one
+    `elsewhere` another server may be the master by now, and the connections lead to the old one.
     """
 
     kind: str
     remedy: Remedy
     error: Callable[[], StoreError] | None
+    elsewhere: bool = False
 
 
 def judge(failure: Exception) -> Fault | None:
@@ -64,8 +70,8 @@ def _is_refusal(failure: BaseException | None) -> TypeGuard[Exception]:
     return isinstance(failure, redis_errors.AuthenticationError | redis_errors.AuthorizationError)
 
 
-def _transient(kind: str) -> Fault:
-    return Fault(kind, Remedy.RETRY, StoreUnavailableError)
+def _transient(kind: str, *, elsewhere: bool = False) -> Fault:
+    return Fault(kind, Remedy.RETRY, StoreUnavailableError, elsewhere)
 
 
 def _permanent(kind: str, error: Callable[[], StoreError] | None = StoreUnavailableError) -> Fault:
@@ -88,11 +94,21 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     ),
     (redis_errors.BusyLoadingError, "", _transient("loading")),
     # A replica that was the master: the new one may be found in time.
-    (redis_errors.ReadOnlyError, "", Fault("readonly", Remedy.RETRY, StoreReadonlyError)),
+    (
+        redis_errors.ReadOnlyError,
+        "",
+        Fault("readonly", Remedy.RETRY, StoreReadonlyError, elsewhere=True),
+    ),
+    # The same, as redis-py reports it where sentinels watch.
+    (redis_errors.ConnectionError, "is now a slave", _transient("demoted", elsewhere=True)),
+    # A master without its replicas may be on the wrong side of a partition.
+    (TooFewReplicasError, "", _transient("too_few_replicas", elsewhere=True)),
     # A key that lacks its hash tag: ours to mend, not to send again.
     (redis_errors.RedisClusterException, "key slot", _permanent("cross_slot")),
     (redis_errors.ClusterDownError, "", _transient("cluster_down")),
     (redis_errors.TryAgainError, "", _transient("try_again")),
+    # A slot that moves just now. A client follows by itself where it sends a single command.
+    (redis_errors.AskError, "", _transient("cluster_moving")),
     # "TTL exhausted.": sent on from node to node too often, and carried out by none.
     (redis_errors.ClusterError, "", _transient("cluster_moving")),
     (redis_errors.SlotNotCoveredError, "", _transient("cluster_down")),
@@ -101,12 +117,12 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     (redis_errors.ResponseError, "OOM", _permanent("out_of_memory", StoreFullError)),
     (redis_errors.ResponseError, "MISCONF", _permanent("misconfigured", StoreReadonlyError)),
     (redis_errors.ResponseError, "WRONGTYPE", _permanent("wrong_type", None)),
-    (redis_errors.ResponseError, "NOREPLICAS", _transient("no_replicas")),
+    (redis_errors.ResponseError, "NOREPLICAS", _transient("no_replicas", elsewhere=True)),
     (redis_errors.ResponseError, "BUSY ", _transient("busy")),
     (redis_errors.ResponseError, "CLUSTERDOWN", _transient("cluster_down")),
     (redis_errors.ResponseError, "MASTERDOWN", _transient("master_down")),
     (redis_errors.ResponseError, "TRYAGAIN", _transient("try_again")),
-    (redis_errors.ResponseError, "UNBLOCKED", _transient("readonly")),
+    (redis_errors.ResponseError, "UNBLOCKED", _transient("readonly", elsewhere=True)),
     # Whoever answers there speaks another protocol.
     (redis_errors.InvalidResponse, "", _permanent("protocol")),
     # A script stumbles only over a record that somebody else wrote.

@@ -57,7 +57,7 @@ class FileStore:
         """Keep one part of a body whose session will be made when all of it has come."""
         key = self._keys.session(session_id).part(kind, transfer, number)
         # NX: a sending that was given up may arrive when the part is kept for longer.
-        await self._bulk.command("SET", key, data, "PX", ON_ITS_WAY_MS, "NX")
+        await self._bulk.write("SET", key, data, "PX", ON_ITS_WAY_MS, "NX")
 
     async def drop_parts(self, session_id: str, kind: FileKind, transfer: str, parts: int) -> None:
         """Remove the parts of a body that will not be finished."""

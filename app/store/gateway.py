@@ -4,6 +4,11 @@ The happy path enters no retry machinery: a call is sent, and only its failure i
 transient is sent again 1, 2 and 4 seconds later, each with a random part, as long as the request's
 deadline allows; every sending of a write carries the same operation id, by which the script
 recognises it.
+
+Where a write counts only once a replica has it, WAIT follows the script on its connection, in the
+same round trip. WAIT vouches for nothing but what its connection wrote, and a script that answers
+from memory writes nothing: wherever it may, a mark is written before WAIT. Those who wait do so on
+connections of their own, so that nobody who reads waits for one.
 """
 
 import asyncio
@@ -11,6 +16,7 @@ import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
@@ -35,13 +41,16 @@ from app.errors import (
 )
 from app.metrics import STORE_ERRORS, STORE_RETRIES, STORE_TALLY
 from app.onboarding.idempotency import IdempotentRequest
-from app.store.client import close_client
+from app.store.client import close_client, leave_server, send_and_wait
 from app.store.faults import Fault, Remedy, corrupt, judge
 from app.store.index import IndexFollower
 from app.store.keys import Keys, SessionKeys
 from app.store.scripts import Script, load_script
 
 log = structlog.get_logger()
+
+MARK_MS = 60_000
+"""How long a mark lives, in milliseconds. Most find the one before it."""
 
 Argument = str | bytes | int
 Client = Redis | RedisCluster
@@ -68,6 +77,19 @@ class RetryPolicy:
     deadline_s: float = 15.0
 
 
+class Vouch(Enum):
+    """What a replica must have before a call is answered, where one is waited for at all."""
+
+    NOTHING = auto()
+    """It reads, or writes what may be lost."""
+
+    WRITTEN = auto()
+    """What it writes."""
+
+    SEEN = auto()
+    """All that it may have seen, too: its answer can be that of an earlier write."""
+
+
 class Reply(NamedTuple):
     """What a script answered: a word first, then its values as bytes."""
 
@@ -86,31 +108,50 @@ class Gateway:
         lifetime_ms: int,
         mode: str,
         policy: RetryPolicy,
+        replica_wait_ms: int | None = None,
     ) -> None:
         """Take what makes the client: it is made anew for every event loop that asks.
 
         `lifetime_ms` is how long a session lives after a write; `mode` is what health reports.
+        `replica_wait_ms` is how long one sending of a write waits for a replica; None = for none.
         """
         self.keys = keys
         self.lifetime_ms = lifetime_ms
         self.mode = mode
         self._make_client = make_client
         self._policy = policy
-        self._clients: dict[asyncio.AbstractEventLoop, Client] = {}
+        self._replica_wait_ms = replica_wait_ms
+        self._clients: dict[tuple[asyncio.AbstractEventLoop, bool], Client] = {}
         self._failures: deque[float] = deque(maxlen=10_000)
         self._follower = IndexFollower(self) if keys.hash_tag else None
 
     async def command(self, *parts: Argument) -> Any:
-        """Send a command that only reads or may be repeated. Raises a `StoreError`."""
-        return await self._deliver(str(parts[0]), parts[1:2], lambda _: self._execute(*parts))
+        """Send a command that only reads, or may be repeated and lost. Raises a `StoreError`."""
+        return await self._deliver(str(parts[0]), parts[1:2], lambda _: self._execute(parts))
+
+    async def write(self, *parts: Argument) -> Any:
+        """Send a command that writes what must not be lost. Raises a `StoreError`."""
+        key = str(parts[1])
+        return await self._deliver(
+            str(parts[0]), [key], lambda _: self._execute(parts, key, Vouch.SEEN)
+        )
 
     async def evaluate(
-        self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()
+        self,
+        name: str,
+        keys: Sequence[str],
+        args: Sequence[Argument] = (),
+        *,
+        is_promise: bool = False,
     ) -> Reply:
-        """Run a script that only reads or knows its repeats by itself. Raises a `StoreError`."""
+        """Run a script that only reads or knows its repeats by itself. Raises a `StoreError`.
+
+        `is_promise` says of one that reads that its answer tells of a write as done.
+        """
         script = load_script(name)
+        vouch = Vouch.SEEN if is_promise or script.is_promise else Vouch.NOTHING
         return _reply(
-            await self._deliver(name, keys, lambda _: self._run(script, [*keys], [*args]))
+            await self._deliver(name, keys, lambda _: self._run(script, [*keys], [*args], vouch))
         )
 
     async def evaluate_once(
@@ -123,7 +164,7 @@ class Gateway:
         script = load_script(name)
         try:
             async with asyncio.timeout(limit_s):
-                return _reply(await self._run(script, [*keys], [*args]))
+                return _reply(await self._run(script, [*keys], [*args], Vouch.NOTHING))
         except Exception as failure:
             fault = judge(failure)
             if fault is None:
@@ -134,9 +175,12 @@ class Gateway:
     async def remove(self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()) -> Reply:
         """Run a script that takes the number of the attempt as its first argument."""
         script = load_script(name)
-        return _reply(
-            await self._deliver(name, keys, lambda nth: self._run(script, [*keys], [nth, *args]))
-        )
+
+        def send(attempt: int) -> Awaitable[Any]:
+            vouch = Vouch.WRITTEN if attempt == 1 else Vouch.SEEN
+            return self._run(script, [*keys], [attempt, *args], vouch)
+
+        return _reply(await self._deliver(name, keys, send))
 
     async def change(
         self,
@@ -163,7 +207,9 @@ class Gateway:
         operation = os.urandom(12).hex()
 
         def send(attempt: int) -> Awaitable[Any]:
-            return self._run(script, all_keys, [operation, attempt, *head, *args])
+            # What answers ok to a first sending without a key has written something.
+            vouch = Vouch.WRITTEN if attempt == 1 and request is None else Vouch.SEEN
+            return self._run(script, all_keys, [operation, attempt, *head, *args], vouch)
 
         reply = _reply(await self._deliver(name, all_keys, send))
         if self._follower is not None:
@@ -173,7 +219,7 @@ class Gateway:
     async def recall(self, session: SessionKeys, request: IdempotentRequest) -> Reply | None:
         """Return the first answer to an Idempotency-Key, for what must know it before it begins."""
         key = session.idempotency(request.scope)
-        reply = await self.evaluate("recall_answer", [key], [request.fingerprint])
+        reply = await self.evaluate("recall_answer", [key], [request.fingerprint], is_promise=True)
         return None if reply.word == "unknown" else unwrap_replay(reply, request)
 
     @property
@@ -188,25 +234,30 @@ class Gateway:
         return sum(at > since for at in self._failures)
 
     def describe_pool(self) -> dict[str, int]:
-        """Count the connections of this event loop's client: `in_use`, `idle`, `max`."""
-        client = self._clients.get(asyncio.get_running_loop())
-        if client is None or isinstance(client, RedisCluster):
+        """Count the connections of this event loop: `in_use`, `idle`, `max`."""
+        pools: list[Any] = [
+            client.connection_pool
+            for client in self._clients_here()
+            if not isinstance(client, RedisCluster)
+        ]
+        if not pools:
             return {}
-        pool: Any = client.connection_pool
-        in_use = len(pool._in_use_connections)  # noqa: SLF001 - the pool counts, but does not tell
         return {
-            "in_use": in_use,
-            "idle": len(pool._available_connections),  # noqa: SLF001
-            "max": pool.max_connections,
+            # The pool counts, but does not tell.
+            "in_use": sum(len(pool._in_use_connections) for pool in pools),  # noqa: SLF001
+            "idle": sum(len(pool._available_connections) for pool in pools),  # noqa: SLF001
+            "max": sum(pool.max_connections for pool in pools),
         }
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop's client."""
+        """Close the connections of this event loop."""
         if self._follower is not None:
             await self._follower.aclose()
-        client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await close_client(client)
+        loop = asyncio.get_running_loop()
+        for waits in (False, True):
+            client = self._clients.pop((loop, waits), None)
+            if client is not None:
+                await close_client(client)
 
     async def _deliver(
         self, what: str, keys: Sequence[Argument], send: Callable[[int], Awaitable[T]]
@@ -269,36 +320,60 @@ class Gateway:
         self._failures.append(monotonic_s())
         STORE_ERRORS.labels(fault.kind).inc()
 
-    async def _run(self, script: Script, keys: list[str], args: list[Argument]) -> Any:
+    async def _run(
+        self, script: Script, keys: list[str], args: list[Argument], vouch: Vouch
+    ) -> Any:
+        rest = (len(keys), *keys, *args)
         try:
-            return await self._execute("EVALSHA", script.sha, len(keys), *keys, *args)
+            return await self._execute(("EVALSHA", script.sha, *rest), keys[0], vouch)
         except NoScriptError:
             # After a restart, a failover or SCRIPT FLUSH. EVAL runs the script and keeps it.
-            return await self._execute("EVAL", script.text, len(keys), *keys, *args)
+            return await self._execute(("EVAL", script.text, *rest), keys[0], vouch)
 
-    async def _execute(self, *parts: Argument) -> Any:
+    async def _execute(
+        self, command: Sequence[Argument], key: str = "", vouch: Vouch = Vouch.NOTHING
+    ) -> Any:
+        wait_ms = None if vouch is Vouch.NOTHING else self._replica_wait_ms
+        commands = [command]
+        if wait_ms is not None and vouch is Vouch.SEEN:
+            mark = self.keys.mark(key)
+            commands.append(("EVAL", load_script("write_mark").text, 1, mark, MARK_MS))
         context = get_context()
         if context is not None:
-            context.meter.commands += 1
-        STORE_TALLY.commands += 1
-        loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
-        if client is None:
-            # Connections belong to an event loop; those of loops that are closed are gone.
-            self._clients = {
-                other: c for other, c in self._clients.items() if not other.is_closed()
-            }
-            client = self._clients[loop] = self._make_client()
+            context.meter.commands += len(commands)
+        STORE_TALLY.commands += len(commands)
+        client = self._client(waits=wait_ms is not None)
         task = asyncio.current_task()
         before = 0 if task is None else task.cancelling()
         try:
             async with asyncio.timeout(self._policy.send_s):
-                return await client.execute_command(*parts)
+                if wait_ms is None:
+                    return await client.execute_command(*command)
+                return await send_and_wait(client, key, commands, wait_ms)
+        except Exception as failure:
+            fault = judge(failure)
+            if fault is not None and fault.elsewhere:
+                for each in self._clients_here():
+                    await leave_server(each)
+            raise
         finally:
             if task is not None and task.cancelling() > before:
                 # It may have been lost on the way: before Python 3.12 asyncio.wait_for, through
                 # which redis-py sends, takes no notice of one that comes as it is done.
                 raise asyncio.CancelledError
+
+    def _client(self, *, waits: bool) -> Client:
+        loop = asyncio.get_running_loop()
+        client = self._clients.get((loop, waits))
+        if client is None:
+            # Connections belong to an event loop; those of loops that are closed are gone.
+            self._clients = {at: c for at, c in self._clients.items() if not at[0].is_closed()}
+            client = self._clients[loop, waits] = self._make_client()
+        return client
+
+    def _clients_here(self) -> list[Client]:
+        loop = asyncio.get_running_loop()
+        return [client for (other, _), client in self._clients.items() if other is loop]
 
 
 def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:

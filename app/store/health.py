@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from redis.exceptions import ResponseError
 
 from app.clock import monotonic_s
-from app.store.client import close_client
-from app.store.faults import judge
+from app.store.client import close_client, leave_server, send_and_wait
+from app.store.faults import TooFewReplicasError, judge
 from app.store.gateway import Client
 
 STEP_S = 0.4
@@ -36,19 +36,23 @@ class Probe:
     read-only, replicas missing, cluster down, a script that blocks), where PING still says PONG.
     """
 
-    def __init__(self, client: Client, canary: str) -> None:
+    def __init__(self, client: Client, canary: str, replica_wait_ms: int | None = None) -> None:
+        """Take a client of its own, and how long a write waits for a replica; None = for none."""
         self._client = client
         self._canary = canary
+        self._replica_wait_ms = replica_wait_ms
 
     async def look(self) -> Look:
         """Write the canary; when the store refuses that, see whether it reads. Never raises."""
         begun_s = monotonic_s()
         try:
-            await self._do("EVAL", _WRITE, 1, self._canary, "alive", CANARY_MS)
+            await self._write("EVAL", _WRITE, 1, self._canary, "alive", CANARY_MS)
         except Exception as failure:  # noqa: BLE001 - whatever it is, it is what we came to see
             fault = judge(failure)
             kind = fault.kind if fault else type(failure).__name__
-            if not isinstance(failure, ResponseError):
+            if fault is not None and fault.elsewhere:
+                await leave_server(self._client)
+            if not isinstance(failure, ResponseError | TooFewReplicasError):
                 return Look(readable=False, writable=False, latency_ms=None, fault=kind)
             readable = await self._can("GET", self._canary) is not _FAILED
             return Look(readable=readable, writable=False, latency_ms=None, fault=kind)
@@ -92,6 +96,14 @@ class Probe:
             return await self._do(*parts)
         except Exception:  # noqa: BLE001
             return _FAILED
+
+    async def _write(self, *parts: str | int) -> None:
+        """Write the canary as a session is written: it is there once a replica has it."""
+        if self._replica_wait_ms is None:
+            await self._do(*parts)
+            return
+        async with asyncio.timeout(STEP_S):
+            await send_and_wait(self._client, self._canary, [parts], self._replica_wait_ms)
 
     async def _do(self, *parts: str | int) -> Any:
         async with asyncio.timeout(STEP_S):

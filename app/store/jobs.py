@@ -29,7 +29,7 @@ class JobStore:
         # What is older than a session lives waits for nobody any more.
         oldest = max(0, at_ms - self._gateway.lifetime_ms)
         fields = ("session_id", session_id, "revision", revision)
-        await self._gateway.command("XADD", self._key, "MINID", "~", oldest, "*", *fields)
+        await self._gateway.write("XADD", self._key, "MINID", "~", oldest, "*", *fields)
 
     async def take(self, worker: str, *, abandoned_ms: int, wait_ms: int) -> Job | None:
         """Take a job: one whose worker was not heard of for `abandoned_ms`, or else a new one.

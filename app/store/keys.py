@@ -85,6 +85,16 @@ class Keys:
     canary = "onboarding:canary"
     """What the health probe writes; lives for seconds."""
 
+    def mark(self, key: str) -> str:
+        """What is written where a write must be vouched for; lives for a minute.
+
+        It lies in the slot of `key`, where there are slots.
+        """
+        if not self.hash_tag:
+            return "onboarding:mark"
+        tag = key.partition("{")[2].partition("}")[0] or key
+        return f"onboarding:mark:{{{tag}}}"
+
     def __init__(self, *, hash_tag: bool) -> None:
         self.hash_tag = hash_tag
         self._prefix = "onboarding:{%s}:" if hash_tag else "onboarding:%s:"

@@ -153,9 +153,9 @@ class RetentionStore:
         absent = [name for name, value in changes.items() if value is None]
         if present:
             flat = [part for pair in present.items() for part in pair]
-            await self._gateway.command("HSET", self._config, *flat)
+            await self._gateway.write("HSET", self._config, *flat)
         if absent:
-            await self._gateway.command("HDEL", self._config, *absent)
+            await self._gateway.write("HDEL", self._config, *absent)
 
 
 def _classes_of(terms: Terms) -> Iterator[str]:

@@ -9,6 +9,32 @@ from importlib.resources import files
 _INCLUDE = re.compile(r"-- include (\w+)\.lua\n")
 
 
+READING = frozenset(
+    {
+        *("read_session", "read_draft", "read_body", "read_events", "read_history", "read_facts"),
+        *("read_tokens", "read_remains", "read_audit", "recall_answer"),
+        *("list_tasks", "list_old_tasks", "list_due", "page_sessions"),
+        *("count_sessions", "count_capacity"),
+    }
+)
+"""The scripts that write nothing."""
+
+HINTS = frozenset(
+    {
+        # The index and the lists beside the truth: the sweeper mends them.
+        *("reserve_session", "release_room", "place_session", "unplace_session"),
+        *("reclaim_sessions", "repair_index", "delist_user", "enlist_task", "delist_tasks"),
+        # Who sweeps, and who works on which job: somebody else takes over.
+        *("claim_sweep", "finish_sweep", "keep_job", "finish_job", "leave_queue"),
+        # What was used up: a limit lets a few more through.
+        *("take_tokens", "claim_ask"),
+        # The record of who did what: it is written behind the requests, which are answered.
+        "add_audit",
+    }
+)
+"""The scripts whose writes nobody is told of as done: what is lost of them is made up for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Script:
     """A script and the SHA-1 by which the store knows it."""
@@ -16,6 +42,11 @@ class Script:
     name: str
     text: str
     sha: str
+
+    @property
+    def is_promise(self) -> bool:
+        """Whether its answer says that something was done that must not be lost."""
+        return self.name not in READING and self.name not in HINTS
 
 
 @cache

@@ -133,7 +133,7 @@ class SessionStore:
             answer = ["ok", new.session_id, new.at_ms, deadline_ms, new.catalogue.total]
             kept_ms = min(IDEMPOTENCY_MS, self._gateway.lifetime_ms)
             text = request.fingerprint.encode() + orjson.dumps([str(part) for part in answer])
-            await self._gateway.command("SET", record, text, "PX", kept_ms)
+            await self._gateway.write("SET", record, text, "PX", kept_ms)
         return created
 
     async def _make_with_room(self, new: NewSession, record: str | None = None) -> Created | None:
@@ -217,16 +217,21 @@ class SessionStore:
         return session, [flag == 1 for flag in present]
 
     async def get_with(
-        self, session_id: str, strings: Sequence[str]
+        self, session_id: str, strings: Sequence[str], *, is_promise: bool = False
     ) -> tuple[Session, list[bytes | None]]:
-        """Read a session and some of its string keys at one instant, in one round trip."""
-        return await self._read(session_id, strings, "values")
+        """Read a session and some of its string keys at one instant, in one round trip.
+
+        `is_promise` as `Gateway.evaluate` has it.
+        """
+        return await self._read(session_id, strings, "values", is_promise=is_promise)
 
     async def _read(
-        self, session_id: str, strings: Sequence[str], what: str
+        self, session_id: str, strings: Sequence[str], what: str, *, is_promise: bool = False
     ) -> tuple[Session, list[Any]]:
         keys = self._keys.session(session_id)
-        reply = await self._gateway.evaluate("read_session", [*keys[:2], *strings], [what])
+        reply = await self._gateway.evaluate(
+            "read_session", [*keys[:2], *strings], [what], is_promise=is_promise
+        )
         if reply.word == "not_found":
             raise SessionNotFoundError
         metadata, progress, values = reply.values

@@ -154,7 +154,7 @@ class TaskStore:
 
     async def drop(self, task_id: str) -> bool:
         """Remove what cannot be read as a task; False when nothing is there."""
-        return bool(await self._gateway.command("DEL", self._keys.task(task_id)))
+        return bool(await self._gateway.write("DEL", self._keys.task(task_id)))
 
     async def list_newest(self, scope: Scope, *, after: str | None, limit: int) -> TaskPage:
         """Read a part of a list, from its newest task or `after` a place on.

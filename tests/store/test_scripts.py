@@ -248,6 +248,8 @@ async def drive_index(session: Session) -> None:
     assert await session.call("unplace_session", entries, [*unplace, AT_MS]) == "absent"
     assert await session.call("reclaim_sessions", entries, [10]) == "ok"
     assert await session.call("repair_index", entries, ["0", 10]) == "ok"
+    for _ in range(2):
+        assert await session.call("write_mark", [keys.mark("s")], [1000]) == "ok"
     assert await session.call("claim_sweep", entries, ["me", 9_000, 9_000, ""]) == "ok"
     assert await session.call("claim_sweep", entries, ["me", 9_000, 9_000, ""]) == "ok"
     assert await session.call("claim_sweep", entries, ["you", 9_000, 9_000, "1"]) == "taken"

@@ -1,8 +1,9 @@
 """Tasks and the lists that they stand in: made once, ended once, never in one and not the other."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import time_machine
@@ -17,7 +18,7 @@ from app.errors import (
     TaskNotFoundError,
 )
 from app.onboarding.tasks import MAY_FOLLOW, TASK_LIFE_MS, Task, TaskStatus
-from app.store.gateway import Gateway
+from app.store.gateway import Argument, Gateway
 from app.store.keys import Keys
 from app.store.tasks import READS_AT_ONCE, Scope, TaskPage, TaskStore, new_operation
 from tests.proxy import Proxy
@@ -500,9 +501,9 @@ async def test_a_tagged_task_that_is_away_is_announced_first_and_removed_first(
     store, sent = TaskStore(gateway), []
     execute = gateway._execute
 
-    async def note(*parts: object) -> object:
-        sent.append(parts)
-        return await execute(*parts)  # type: ignore[arg-type]
+    async def note(command: Sequence[Argument], *rest: Any) -> object:
+        sent.append(command)
+        return await execute(command, *rest)
 
     monkeypatch.setattr(gateway, "_execute", note)
     task = make()
