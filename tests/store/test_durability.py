@@ -40,7 +40,7 @@ WAIT_S = 0.15
 
 REPLICATED: dict[str, Any] = {"durability": "replicated", "redis_timeout_s": 2 * WAIT_S}
 
-ROUNDS = 3
+ROUNDS = 1
 """How often the master dies."""
 
 
