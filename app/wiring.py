@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from app.services.access import AccessService, make_access_service
 from app.services.assistant import AssistantService, make_assistant
-from app.services.audit import AuditTrail, make_audit_trail
+from app.services.audit import AuditTrail
 from app.services.background import Repeated
 from app.services.events import EventService, StreamLimits
 from app.services.files import FileService, make_file_service
@@ -121,7 +121,7 @@ def build_services(settings: Settings) -> Services:
         retention=make_retention_service(gateway, tasks, settings),
         stats=stats,
         assistant=assistant,
-        audit=make_audit_trail(gateway),
+        audit=AuditTrail(gateway),
         access=make_access_service(gateway, settings),
         limiter=make_limiter(gateway, settings),
         in_flight=in_flight,

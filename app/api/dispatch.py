@@ -41,7 +41,6 @@ from app.onboarding.audit import Lane
 from app.onboarding.catalogue import parse_step_id
 from app.onboarding.documents import Document
 from app.onboarding.idempotency import IdempotentRequest
-from app.onboarding.sessions import is_public_id
 from app.onboarding.tasks import check_short_id, is_task_id
 from app.onboarding.tokens import check_token_id
 from app.settings import Settings
@@ -190,7 +189,8 @@ async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
     context = get_context()
     principal = NOBODY if context is None else context.principal
     session_id, step_id = parameters.get("id", ""), 0
-    if session_id and not is_public_id(session_id):
+    if session_id and (context is None or context.session_id != session_id):
+        # Whoever asked for access has looked at it: it can be the id of no session.
         raise SessionNotFoundError
     if "n" in parameters:
         step_id = parse_step_id(parameters["n"])

@@ -38,7 +38,7 @@ class ResultBody:
 async def upload(call: Call) -> Response:
     """Make a session with a file."""
     form = UploadForm(call.headers.get("content-type"), call.incoming())
-    first = draw_first_token(call.credential)
+    first = None if call.credential is None else draw_first_token(call.credential)
     owner = claim(call.principal, NOBODYS)
     view = await call.services.files.begin_session(form, owner=owner, first=first)
     learn(session_id=view["session_id"])

@@ -149,8 +149,3 @@ class AuditTrail:
         if self._dropped:
             log.warning("audit_events_dropped", count=self._dropped)
             self._dropped = 0
-
-
-def make_audit_trail(gateway: Gateway) -> AuditTrail:
-    """Make the record over a gateway."""
-    return AuditTrail(gateway)

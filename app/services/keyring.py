@@ -21,8 +21,6 @@ from app.onboarding.jwt import (
 from app.settings import Settings
 from app.store.client import end_task
 
-__all__ = ["Keyring", "Verified", "make_keyring"]
-
 log = structlog.get_logger()
 
 REFRESH_EVERY_S = 600.0

@@ -39,10 +39,8 @@ class FirstToken(NamedTuple):
     seed: str
 
 
-def draw_first_token(credential: bytes | None) -> FirstToken | None:
-    """Draw an id for a session, and a token for who shows this; None without access control."""
-    if credential is None:
-        return None
+def draw_first_token(credential: bytes) -> FirstToken:
+    """Draw an id for a session, and a token for who shows this."""
     session_id, seed = str(uuid.uuid4()), secrets.token_hex(SECRET_BYTES)
     token = derive_first_token(session_id, seed, credential)
     return FirstToken(session_id, token, digest_of(token), seed)
@@ -69,10 +67,10 @@ class TokenService:
         token. A repeat by Idempotency-Key tells the same token to
         who shows the same, and another one to who shows something newer: only digests are kept.
         """
-        first = draw_first_token(credential)
-        if first is None or credential is None:
+        if credential is None:
             view = await self._manager.begin_session(owner, request=request)
             return cast("NewSessionView", view)  # with nothing more to tell
+        first = draw_first_token(credential)
         token = first.token
         view = await self._manager.begin_session(
             owner,

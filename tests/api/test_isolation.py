@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from httpx2 import AsyncClient
+from starlette.types import Message, Receive, Scope, Send
 
-from app.context import get_context
+from app.api.middleware import RequestMiddleware
+from app.context import RequestContext, get_context, learn
 from tests.access import AUTH, user
 from tests.agents import AGENT
 from tests.api.conftest import Log
@@ -47,4 +50,29 @@ async def test_200_requests_at_once_each_live_in_a_world_of_their_own(
         for request_id in (f"ask-{number}", *(f"save-{number}-{step}" for step in (1, 2, 3))):
             assert told[request_id]["session_id"] == session_id
             assert told[request_id]["principal"] == "user"
-    assert get_context() is None
+
+
+async def test_a_world_is_gone_when_its_request_is_however_that_ended() -> None:
+    seen: list[RequestContext | None] = []
+
+    async def app(scope: Scope, _: Receive, send: Send) -> None:
+        learn(session_id=scope["path"])
+        seen.append(get_context())
+        if scope["path"] == "/fails":
+            raise RuntimeError
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+
+    async def ignore(_: Message) -> None:
+        """Take an answer."""
+
+    async def leave() -> Message:
+        return {"type": "http.disconnect"}
+
+    middleware = RequestMiddleware(app, deadline_s=1.0)
+    for path in ("/first", "/fails"):
+        scope: Scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        with suppress(RuntimeError):
+            # In this very task: what it leaves behind would be here.
+            await middleware(scope, leave, ignore)
+        assert get_context() is None
+    assert [context and context.session_id for context in seen] == ["/first", "/fails"]

@@ -181,8 +181,9 @@ async def test_one_request_more_than_may_be_at_once_is_refused_at_once(
         before = proxy.commands.total()
         proxy.hold()
         held = [asyncio.create_task(GET_PROGRESS.send(api, session_id)) for _ in range(2)]
-        while proxy.commands.total() < before + 2:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            while proxy.commands.total() < before + 2:
+                await asyncio.sleep(0.001)
         refused = await SAVE.send(api, session_id)
         assert problem_of(refused, "overloaded")["status"] == 503
         assert refused.headers["retry-after"] == "1"

@@ -19,7 +19,7 @@ from app.api.middleware import ROUTE, RequestMiddleware
 from app.api.routes import OPERATIONS
 from app.errors import StoreUnavailableError
 from app.onboarding.audit import Lane
-from app.services.audit import make_audit_trail
+from app.services.audit import AuditTrail
 from tests import agents
 from tests.api.helpers import (
     CREATE,
@@ -365,7 +365,7 @@ async def test_events_that_are_missing_in_the_record_are_counted(
 ) -> None:
     monkeypatch.setattr("app.services.audit.MAX_WAITING", 2)
     before = told()
-    trail = make_audit_trail(fake_gateway())
+    trail = AuditTrail(fake_gateway())
     for _ in range(3):
         trail.record("nobody", "get_session", None, "forbidden", Lane.REFUSED)
     dropped = "onboarding_audit_events_dropped_total"

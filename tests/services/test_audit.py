@@ -14,7 +14,7 @@ from app.clock import monotonic_s
 from app.errors import InvalidRequestError, StoreUnavailableError
 from app.onboarding.audit import Lane
 from app.services import audit as module
-from app.services.audit import AT_ONCE, MAX_WAITING, AuditTrail, make_audit_trail
+from app.services.audit import AT_ONCE, MAX_WAITING, AuditTrail
 from app.store.gateway import Gateway
 from tests.conftest import fake_gateway
 from tests.proxy import Proxy
@@ -34,7 +34,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def trailing(gateway: Gateway) -> AsyncIterator[AuditTrail]:
     """Give a record that is written for the length of a block."""
-    trail = make_audit_trail(gateway)
+    trail = AuditTrail(gateway)
     trail.start()
     try:
         yield trail
@@ -182,7 +182,7 @@ async def test_a_batch_whose_reply_is_lost_again_and_again_appears_once(
 async def test_of_too_many_the_oldest_are_lost_and_refusals_push_out_only_refusals() -> None:
     server = FakeServer()
     server.connected = False
-    trail = make_audit_trail(fake_gateway(server))
+    trail = AuditTrail(fake_gateway(server))
     note(trail, "done")
     for number in range(MAX_WAITING + 3):
         note(trail, str(number), refused=True)
@@ -199,7 +199,7 @@ async def test_of_too_many_the_oldest_are_lost_and_refusals_push_out_only_refusa
 async def test_an_end_writes_what_still_waits(gateway: Gateway) -> None:
     async with trailing(gateway) as trail:
         note(trail, "last")
-    assert await read_all(make_audit_trail(gateway)) == ["last"]
+    assert await read_all(AuditTrail(gateway)) == ["last"]
 
 
 async def test_an_end_without_the_store_is_not_held_up_and_says_what_was_lost(

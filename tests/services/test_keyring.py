@@ -22,7 +22,8 @@ from structlog.testing import capture_logs
 
 from app.errors import KeysUnavailableError, UnauthenticatedError
 from app.onboarding.access import Kind, Principal
-from app.services.keyring import ASK_AGAIN_S, MOST_BYTES, Keyring, Verified, make_keyring
+from app.onboarding.jwt import Verified
+from app.services.keyring import ASK_AGAIN_S, MOST_BYTES, Keyring, make_keyring
 from app.settings import load_settings
 from tests.conftest import NOON_S
 from tests.servers import HOST

@@ -24,7 +24,7 @@ from app.onboarding.limits import Limit, Policy
 from app.onboarding.sessions import Owner
 from app.onboarding.tasks import TASK_RULES
 from app.onboarding.tokens import digest_of
-from app.services.audit import make_audit_trail
+from app.services.audit import AuditTrail
 from app.services.retention import make_retention_service
 from app.services.tasks import TaskService
 from app.services.tokens import TokenService
@@ -307,7 +307,7 @@ async def test_tasks_and_the_lists_that_they_stand_in(topology: Topology) -> Non
 async def test_a_user_is_erased_and_the_record_of_it_stays(topology: Topology) -> None:
     tasks = TaskService(topology.gateway, TASK_RULES)
     retention = make_retention_service(topology.gateway, tasks, topology.settings)
-    trail = make_audit_trail(topology.gateway)
+    trail = AuditTrail(topology.gateway)
     trail.start()
     other = await topology.manager.create_session(user_id="u2")
     for _ in range(5):
