@@ -122,6 +122,7 @@ class Gateway:
         self._policy = policy
         self._replica_wait_ms = replica_wait_ms
         self._clients: dict[tuple[asyncio.AbstractEventLoop, bool], Client] = {}
+        self._sending: set[asyncio.Task[Any]] = set()
         self._failures: deque[float] = deque(maxlen=10_000)
         self._follower = IndexFollower(self) if keys.hash_tag else None
 
@@ -162,15 +163,29 @@ class Gateway:
         `limit_s` is how long it may take, in seconds. Raises a `StoreError`.
         """
         script = load_script(name)
+        # A task of its own: a cancellation may be lost in the client, and then only the task would
+        # wait on for it, and not who asks.
+        sending = asyncio.create_task(self._run(script, [*keys], [*args], Vouch.NOTHING))
+        self._sending.add(sending)
+        sending.add_done_callback(self._forget)
         try:
-            async with asyncio.timeout(limit_s):
-                return _reply(await self._run(script, [*keys], [*args], Vouch.NOTHING))
+            if not (await asyncio.wait([sending], timeout=limit_s))[0]:
+                raise TimeoutError  # noqa: TRY301 - judged as what the client raises
+            return _reply(sending.result())
         except Exception as failure:
             fault = judge(failure)
             if fault is None:
                 raise
             self._count(fault)
             raise _error_of(fault, keys) from None
+        finally:
+            sending.cancel()
+
+    def _forget(self, sending: asyncio.Task[Any]) -> None:
+        self._sending.discard(sending)
+        if not sending.cancelled():
+            # Nobody may ask any more; it must not be told as one that nobody looked at.
+            sending.exception()
 
     async def remove(self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()) -> Reply:
         """Run a script that takes the number of the attempt as its first argument."""
