@@ -95,6 +95,12 @@ def no_sweeps_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.services.sweeper.LOOK_EVERY_S", 3600.0)
 
 
+@pytest.fixture(autouse=True)
+def patient_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a busy machine be no reason to let more through than a limit says."""
+    monkeypatch.setattr("app.store.limits.TAKE_S", 30.0)
+
+
 @pytest.fixture
 def clock() -> Iterator[time_machine.Traveller]:
     """Give a clock that stands still until it is moved; fake stores go by it."""

@@ -382,6 +382,7 @@ async def test_a_store_that_is_frozen_holds_everybody_up_once_and_not_for_long(
 ) -> None:
     at_s = 0.0
     monkeypatch.setattr("app.services.limits.monotonic_s", lambda: at_s)
+    monkeypatch.setattr("app.store.limits.TAKE_S", 0.25)
     async with Proxy(valkey.port) as proxy:
         url = f"redis://{proxy.host}:{proxy.port}/0"
         gateway = connect(load_settings(redis_url=url, redis_timeout_s=10))

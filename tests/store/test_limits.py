@@ -185,8 +185,9 @@ async def test_what_somebody_else_wrote_there_is_a_full_bucket_or_an_error(
 
 
 async def test_a_store_that_does_not_answer_is_asked_once_and_not_for_long(
-    proxy: Proxy,
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app.store.limits.TAKE_S", TAKE_S)
     url = f"redis://{proxy.host}:{proxy.port}/0"
     gateway = connect(load_settings(redis_url=url, redis_timeout_s=10))
     await take(gateway, Limit(10, A_DAY))
