@@ -30,6 +30,11 @@ run: $(RUN_STAMP) ## Serve on http://127.0.0.1:8000 with the embedded store (or 
 test: $(DEV_STAMP) ## Run the whole test suite, real Valkey included (pass more with ARGS=)
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest $(ARGS)
 
+# One after the other: what is measured is how long things take. A soak alone takes half an hour.
+.PHONY: chaos
+chaos: $(DEV_STAMP) ## Break stores, networks and the service for an hour; print what it cost (RUNS=, ARGS=)
+	$(BIN)/python -m pytest tests/faults -n 0 --timeout 3600 -m "" --chaos $(if $(RUNS),--runs $(RUNS)) $(ARGS)
+
 .PHONY: lint
 lint: $(DEV_STAMP) ## Check style (ruff) and types (mypy --strict)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from app.settings import Settings, load_settings, variable_of
 from app.store.connect import connect
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.service import BASE, serving
 
 QUICKLY = {"retry_base_s": 0.01, "retry_jitter_s": 0.0}

@@ -35,7 +35,7 @@ from tests.api.helpers import (
     unknown_id,
 )
 from tests.events import following
-from tests.http_proxy import HttpProxy
+from tests.faults.http_proxy import HttpProxy
 from tests.service import BASE
 
 SOON_S = 10.0

@@ -23,7 +23,7 @@ from app.onboarding.sessions import SessionStatus
 from app.onboarding.tasks import TaskRule
 from app.settings import Settings, SettingsError, load_settings, unknown_variables, variable_of
 from tests.agents import AGENT
-from tests.servers import HOST
+from tests.faults.servers import HOST
 
 PACKAGED = Path(__file__).parents[1] / "app" / "onboarding" / "catalogue.json"
 QUESTIONS = PACKAGED.with_name("questions.json")

@@ -45,8 +45,8 @@ from tests.api.helpers import (
     types_of,
 )
 from tests.api.test_bad_input import untouched
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.service import BASE
 from tests.services.test_generation import make_service
 

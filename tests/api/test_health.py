@@ -23,7 +23,7 @@ from tests.api.helpers import (
     answer_of,
     problem_of,
 )
-from tests.servers import HOST, free_ports
+from tests.faults.servers import HOST, free_ports
 from tests.service import BASE, serving
 
 HEALTH = {"status", "redis", "version", "uptime_s"}

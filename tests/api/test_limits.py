@@ -25,8 +25,8 @@ from tests.api.helpers import (
     problem_of,
     unknown_id,
 )
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.service import BASE
 
 SCOPES = list(Scope)

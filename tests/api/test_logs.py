@@ -34,7 +34,7 @@ from tests.api.helpers import (
     step_path,
     unknown_id,
 )
-from tests.servers import HOST, free_ports
+from tests.faults.servers import HOST, free_ports
 from tests.service import BASE
 
 CANARY = "Canary7Zq"

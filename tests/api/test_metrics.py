@@ -33,7 +33,7 @@ from tests.api.helpers import (
     unknown_id,
 )
 from tests.conftest import fake_gateway
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.service import BASE
 
 Serve = Callable[..., Any]

@@ -33,7 +33,7 @@ from tests.api.helpers import (
     types_of,
     unknown_id,
 )
-from tests.servers import HOST, free_ports
+from tests.faults.servers import HOST, free_ports
 from tests.service import BASE
 from tests.store.test_stats import load_sessions
 

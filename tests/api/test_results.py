@@ -41,8 +41,8 @@ from tests.api.helpers import (
     types_of,
     unknown_id,
 )
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.service import BASE
 
 STORED = {"session_id", "checksum", "size", "content_type", "filename", "stored_at"}

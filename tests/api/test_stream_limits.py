@@ -14,8 +14,8 @@ from app.server import listen
 from app.settings import Settings, load_settings
 from tests.api.helpers import GET_PROGRESS, PROBLEM, Answers, answer_of, ask, create, unknown_id
 from tests.events import EventSource, following
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.service import BASE, serving
 
 Open = Callable[..., Any]

@@ -37,8 +37,8 @@ from tests.api.helpers import (
 )
 from tests.conftest import QUICKLY, UNLIMITED
 from tests.events import Event, EventSource, StreamEndedError, following
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.service import BASE, serving
 
 Follow = Callable[..., Any]

@@ -24,7 +24,7 @@ from tests.api.helpers import (
     problem_of,
     unknown_id,
 )
-from tests.servers import HOST, free_ports
+from tests.faults.servers import HOST, free_ports
 
 TASKS = "/api/v1/sessions"
 

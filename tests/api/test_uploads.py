@@ -35,8 +35,8 @@ from tests.api.test_results import (
     in_pieces,
     name_in,
 )
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.service import BASE
 
 UPLOAD = "/api/upload"

@@ -47,7 +47,7 @@ from app.settings import Settings, load_settings
 from tests.access import AUTH, Headers, machine, user
 from tests.api_schema.walk import described, validator_of
 from tests.conftest import UNLIMITED
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.service import BASE, serving
 
 SEED = 20_261_120

@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.faults.servers import _ends_with_us
 from tests.process.service_process import REPOSITORY, ServiceProcess, environment_for
-from tests.servers import _ends_with_us
 
 SLOW = """
 import asyncio

@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 from httpx2 import Client, Response, TransportError
 
-from tests.servers import HOST, _ends_with_us, wait_until
+from tests.faults.servers import HOST, _ends_with_us, wait_until
 from tests.service import BASE
 
 REPOSITORY = Path(__file__).parents[2]

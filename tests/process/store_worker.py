@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
+from tests.faults.servers import _ends_with_us
 from tests.process.service_process import REPOSITORY, environment_for
-from tests.servers import _ends_with_us
 
 PROGRAM = """
 import asyncio

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.servers import Valkey
 from tests.process.store_worker import StoreWorker
-from tests.servers import Valkey
 
 LIMIT, RACING = 50, 200
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from httpx2 import Client, TransportError
 
+from tests.faults.servers import wait_until
 from tests.process.conftest import StartService
 from tests.process.service_process import (
     QUICK_RETRIES,
@@ -26,7 +27,6 @@ from tests.process.service_process import (
     shared,
     within,
 )
-from tests.servers import wait_until
 from tests.service import BASE
 
 pytestmark = linux_only

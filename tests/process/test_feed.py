@@ -13,8 +13,8 @@ from app.services.retention import make_retention_service
 from app.services.tasks import TaskService
 from app.settings import Settings
 from app.store.connect import connect
+from tests.faults.servers import Valkey, _ends_with_us
 from tests.process.service_process import REPOSITORY, environment_for
-from tests.servers import Valkey, _ends_with_us
 
 WORKER = """
 import asyncio

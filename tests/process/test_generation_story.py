@@ -19,10 +19,10 @@ from app.onboarding.generation import STAGES
 from app.store.embedded import attach
 from tests.api.helpers import Answers, answer_of, create, step_path
 from tests.events import Event, following
+from tests.faults.servers import free_ports
 from tests.process.conftest import StartService
 from tests.process.generator_process import GeneratorProcess
 from tests.process.service_process import linux_only
-from tests.servers import free_ports
 from tests.service import BASE
 
 pytestmark = linux_only

@@ -20,10 +20,10 @@ from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import Settings
 from app.store.connect import connect
 from tests.api.helpers import ask, unknown_id
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey, wait_until
 from tests.process.generator_process import GeneratorProcess
 from tests.process.service_process import REPOSITORY, environment_for, frozen, linux_only, within
-from tests.proxy import Proxy
-from tests.servers import Valkey, wait_until
 
 pytestmark = linux_only
 

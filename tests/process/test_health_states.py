@@ -12,9 +12,9 @@ from httpx2 import Client
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.faults.servers import HOST, Valkey, free_ports, wait_until
 from tests.process.conftest import StartService
 from tests.process.service_process import QUICK_RETRIES, begin_session, save_step, within
-from tests.servers import HOST, Valkey, free_ports, wait_until
 from tests.service import BASE
 
 pytestmark = pytest.mark.xdist_group("health-states")

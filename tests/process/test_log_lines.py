@@ -18,6 +18,7 @@ import pytest
 from httpx2 import Client
 
 from app.onboarding.access import Scope, write_api_key
+from tests.faults.servers import HOST, Valkey, free_ports, wait_until
 from tests.process.conftest import StartService
 from tests.process.service_process import (
     QUICK_RETRIES,
@@ -29,7 +30,6 @@ from tests.process.service_process import (
     linux_only,
     save_step,
 )
-from tests.servers import HOST, Valkey, free_ports, wait_until
 from tests.service import BASE
 
 PASSWORD = "hunter2-is-the-password"

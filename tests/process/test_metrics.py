@@ -8,9 +8,9 @@ from pathlib import Path
 
 from httpx2 import Client
 
+from tests.faults.servers import wait_until
 from tests.process.conftest import StartService
 from tests.process.service_process import ServiceProcess, frozen, linux_only, shared
-from tests.servers import wait_until
 from tests.service import BASE
 
 pytestmark = linux_only

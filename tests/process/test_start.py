@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.servers import HOST, Valkey, free_ports, wait_until
 from tests.process.conftest import StartService
 from tests.process.service_process import (
     QUICK_RETRIES,
@@ -16,7 +17,6 @@ from tests.process.service_process import (
     save_step,
     within,
 )
-from tests.servers import HOST, Valkey, free_ports, wait_until
 from tests.service import BASE
 
 REFUSED = 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from tests.faults.servers import wait_until
 from tests.process.conftest import StartService
 from tests.process.service_process import (
     IdleConnection,
@@ -18,7 +19,6 @@ from tests.process.service_process import (
     linux_only,
     save_step,
 )
-from tests.servers import wait_until
 from tests.service import BASE
 
 pytestmark = linux_only

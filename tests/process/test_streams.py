@@ -11,10 +11,10 @@ import pytest
 from httpx2 import AsyncClient
 
 from tests.events import Event, EventSource, following
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.process.conftest import StartService
 from tests.process.service_process import ServiceProcess, begin_session, linux_only
-from tests.proxy import Proxy
-from tests.servers import Valkey
 from tests.service import BASE
 
 pytestmark = linux_only

@@ -10,9 +10,9 @@ import pytest
 import time_machine
 
 from app.clock import now_ms
+from tests.faults.servers import Valkey, wait_until
 from tests.process.service_process import linux_only
 from tests.process.store_worker import StoreWorker
-from tests.servers import Valkey, wait_until
 from tests.store.sessions import Manager, working_at
 
 pytestmark = linux_only

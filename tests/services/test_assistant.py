@@ -38,7 +38,7 @@ from app.store.gateway import Gateway
 from tests import agents
 from tests.agents import AGENT, Book, RehearsedFactory
 from tests.conftest import QUICKLY, fake_gateway
-from tests.servers import HOST, Valkey, free_ports
+from tests.faults.servers import HOST, Valkey, free_ports
 
 Manager = OnboardingSessionManager
 Make = Callable[..., AssistantService]

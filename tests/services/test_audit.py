@@ -17,8 +17,8 @@ from app.services import audit as module
 from app.services.audit import AT_ONCE, MAX_WAITING, AuditTrail
 from app.store.gateway import Gateway
 from tests.conftest import fake_gateway
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.store.sessions import working_at
 
 LIMIT_S = 5

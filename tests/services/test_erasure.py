@@ -24,8 +24,8 @@ from app.settings import Settings, load_settings
 from app.store.connect import connect
 from tests.api.helpers import ask
 from tests.conftest import fake_gateway, known_settings
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.store.sessions import Place, keyed, working_at
 from tests.store.test_stats import load_sessions
 

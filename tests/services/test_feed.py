@@ -22,8 +22,8 @@ from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import NOON_S, fake_gateway, known_settings
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.store.sessions import Place, prepare, working_at
 
 LIMIT_S = 5

@@ -36,7 +36,7 @@ from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.services.test_session_machine import answers as documents
 
 PENDING, PROCESSING = SessionStatus.PENDING, SessionStatus.PROCESSING

@@ -17,7 +17,7 @@ from app.store.feed import FeedStore
 from app.store.index import SessionIndex
 from app.testing import TryoutManager, create_mock_session
 from tests.conftest import QUICKLY
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 
 RULES = '[{"older_than_hours": 1}]'
 INDEX = "onboarding:index:sessions:"

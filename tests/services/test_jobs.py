@@ -24,8 +24,8 @@ from app.store.connect import connect
 from app.store.jobs import JobStore
 from tests.api.helpers import ask
 from tests.conftest import QUICKLY
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 
 QUEUE = "onboarding:index:jobs"
 

@@ -26,7 +26,7 @@ from app.onboarding.jwt import Verified
 from app.services.keyring import ASK_AGAIN_S, MOST_BYTES, Keyring, make_keyring
 from app.settings import load_settings
 from tests.conftest import NOON_S
-from tests.servers import HOST
+from tests.faults.servers import HOST
 
 SECRET = "a secret of thirty-two bytes or more"
 ISSUER, AUDIENCE = "https://id.example/", "onboarding"

@@ -25,8 +25,8 @@ from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.limits import LimitStore
 from tests.conftest import NOON_S, fake_gateway
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 
 A_DAY = 86_400
 JANE, JUNE = "user:jane", "user:june"

@@ -47,7 +47,7 @@ from app.store.connect import connect
 from app.store.files import FileStore
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway
-from tests.servers import HOST, Valkey, free_ports
+from tests.faults.servers import HOST, Valkey, free_ports
 
 Manager = OnboardingSessionManager
 MakeManager = Callable[..., Manager]

@@ -19,8 +19,8 @@ from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.services.test_generation import make_service
 
 

@@ -37,7 +37,7 @@ from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway, known_settings
-from tests.servers import HOST, Valkey, free_ports
+from tests.faults.servers import HOST, Valkey, free_ports
 from tests.store.sessions import Place, names_of_keys, watch_operation_ids
 from tests.store.test_stats import load_sessions
 

@@ -39,7 +39,7 @@ from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import load_settings
 from app.store.connect import connect
 from app.store.events import EventStore
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 
 T = TypeVar("T")
 Answers = dict[str, Any]

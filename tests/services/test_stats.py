@@ -20,8 +20,8 @@ from app.settings import Settings, load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import fake_gateway, known_settings
+from tests.faults.servers import Valkey
 from tests.onboarding.test_stats import bucket_of
-from tests.servers import Valkey
 from tests.store.sessions import Place
 
 BY_NAME = [

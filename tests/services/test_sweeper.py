@@ -28,7 +28,7 @@ from app.store.keys import Keys
 from app.store.retention import RetentionStore
 from app.store.stats import StatsStore
 from tests.conftest import NOON_S, QUICKLY
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.store.sessions import Manager, Place
 
 DESCRIBED = """[

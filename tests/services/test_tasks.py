@@ -26,7 +26,7 @@ from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway
-from tests.servers import HOST, Valkey, free_ports
+from tests.faults.servers import HOST, Valkey, free_ports
 
 DAY_S = 86_400
 

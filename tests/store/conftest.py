@@ -13,8 +13,8 @@ from app.services.manager import OnboardingSessionManager, make_manager
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway, known_settings
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.store.sessions import Place, working_at
 
 

@@ -13,7 +13,7 @@ from app.store.assistant import AssistantStore
 from app.store.catalogue import CatalogueStore
 from app.store.gateway import Gateway
 from app.store.recovery import RecoveryStore
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     Place,

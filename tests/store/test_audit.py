@@ -14,7 +14,7 @@ from app.onboarding.events import BEFORE_ALL, EventId, parse_after
 from app.store.audit import KEPT, REMEMBERED_MS, AuditStore
 from app.store.gateway import Gateway
 from tests.conftest import fake_gateway
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 from tests.store.conftest import MakePlace
 from tests.store.sessions import Place
 

@@ -20,8 +20,8 @@ from app.services.tasks import TaskService
 from app.settings import load_settings
 from app.store.feed import FeedStore
 from app.store.gateway import Gateway
-from tests.proxy import Proxy
-from tests.servers import ClusterSet
+from tests.faults.proxy import Proxy
+from tests.faults.servers import ClusterSet
 from tests.service import BASE
 from tests.store.conftest import MakePlace
 from tests.store.sessions import Manager, Place, describe, keyed, names_of_keys, working_at

@@ -29,8 +29,8 @@ from redis.exceptions import (
 
 from app.address import StoreAddress, parse_store_url, unix_address, upstash_address
 from app.store.client import close_client, make_client
-from tests.proxy import Proxy
-from tests.servers import HOST, ClusterSet, SentinelSet, Valkey, free_ports, wait_until
+from tests.faults.proxy import Proxy
+from tests.faults.servers import HOST, ClusterSet, SentinelSet, Valkey, free_ports, wait_until
 
 PASSWORD = "p@ss /?#%:ü"
 SHORT_S = 0.2

@@ -19,8 +19,8 @@ from redis.exceptions import ResponseError
 from app.clock import monotonic_s
 from app.errors import SessionNotFoundError, StoreError, StoreUnavailableError
 from app.store.scripts import HINTS, READING
-from tests.proxy import Proxy
-from tests.servers import HOST, SentinelSet, Valkey, wait_until
+from tests.faults.proxy import Proxy
+from tests.faults.servers import HOST, SentinelSet, Valkey, wait_until
 from tests.service import BASE
 from tests.store.sessions import (
     READS,

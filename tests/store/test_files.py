@@ -17,8 +17,8 @@ from app.errors import (
 from app.onboarding.files import FileInfo, FileKind
 from app.store.files import ON_ITS_WAY_MS
 from app.store.gateway import Gateway
-from tests.proxy import Proxy
-from tests.servers import Valkey
+from tests.faults.proxy import Proxy
+from tests.faults.servers import Valkey
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     Place,

@@ -40,8 +40,8 @@ from app.store.faults import Remedy, judge
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
 from tests.conftest import QUICKLY, fake_gateway
-from tests.proxy import Proxy
-from tests.servers import HOST, Valkey, free_ports, wait_until
+from tests.faults.proxy import Proxy
+from tests.faults.servers import HOST, Valkey, free_ports, wait_until
 from tests.store.sessions import (
     READS,
     WRITES,

@@ -13,7 +13,7 @@ from app.onboarding.events import BEFORE_ALL, EventView
 from app.onboarding.generation import ProgressEvent
 from app.store.generation import GenerationStore, Taken
 from app.store.sessions import SessionStore
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     WRITES,

@@ -38,7 +38,7 @@ from app.store.index import SessionIndex
 from app.store.retention import RetentionStore
 from app.store.stats import StatsStore
 from tests.conftest import NOON_S, QUICKLY, fake_gateway
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.store.conftest import MakePlace
 from tests.store.sessions import Place
 

@@ -9,7 +9,7 @@ from app.errors import CorruptRecordError
 from app.onboarding.jobs import Job
 from app.store.gateway import Gateway
 from app.store.jobs import GROUP, JobStore
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     Place,

@@ -15,7 +15,7 @@ from app.services.manager import get_onboarding_session_manager
 from app.settings import LONGEST_LIFE_S
 from app.store.gateway import Gateway
 from tests.conftest import NOON_S
-from tests.servers import Valkey
+from tests.faults.servers import Valkey
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     READS,

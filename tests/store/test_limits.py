@@ -20,7 +20,7 @@ from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.limits import TAKE_S, LimitStore
 from tests.conftest import NOON_S, fake_gateway
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 
 A_DAY = 86_400
 CALLER = "user:jane"

@@ -13,7 +13,7 @@ from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.sessions import Owner
 from app.store.gateway import Argument, Gateway, Reply
 from app.store.scripts import load_script
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     Manager,

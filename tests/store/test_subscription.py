@@ -17,8 +17,8 @@ from app.store import subscription as module
 from app.store.connect import make_subscription
 from app.store.subscription import Subscription
 from tests.conftest import QUICKLY
-from tests.proxy import Proxy
-from tests.servers import HOST, Valkey, free_ports
+from tests.faults.proxy import Proxy
+from tests.faults.servers import HOST, Valkey, free_ports
 from tests.store.conftest import MakePlace
 from tests.store.sessions import prepare
 

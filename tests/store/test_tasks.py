@@ -21,7 +21,7 @@ from app.onboarding.tasks import MAY_FOLLOW, TASK_LIFE_MS, Task, TaskStatus
 from app.store.gateway import Argument, Gateway
 from app.store.keys import Keys
 from app.store.tasks import READS_AT_ONCE, Scope, TaskPage, TaskStore, new_operation
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 from tests.store.conftest import MakePlace
 from tests.store.sessions import working_at
 

@@ -29,7 +29,7 @@ from app.store.gateway import Gateway
 from app.store.recovery import RecoveryStore
 from app.store.tokens import NewResumeToken
 from tests.conftest import NOON_S
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     Place,

@@ -33,7 +33,7 @@ from app.store.connect import make_subscription
 from app.store.jobs import JobStore
 from app.store.limits import LimitStore
 from tests.conftest import QUICKLY
-from tests.servers import ClusterSet, SentinelSet, Valkey
+from tests.faults.servers import ClusterSet, SentinelSet, Valkey
 from tests.store.sessions import Manager, Place, keyed, prepare, working_at
 
 pytestmark = pytest.mark.xdist_group("sets")

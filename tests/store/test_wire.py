@@ -16,7 +16,7 @@ from app.onboarding.generation import ProgressEvent
 from app.onboarding.steps import Precondition, Tags
 from app.settings import load_settings
 from tests.conftest import UNLIMITED
-from tests.proxy import Proxy
+from tests.faults.proxy import Proxy
 from tests.service import BASE, serving
 from tests.store.sessions import Call, Place, keyed, prepare, working_at
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 from httpx2 import URL
 
-from tests.servers import HOST
+from tests.faults.servers import HOST
 
 
 class Request(NamedTuple):

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from app.store.scripts import load_script
-from tests.servers import HOST
+from tests.faults.servers import HOST
 
 RECORDING = load_script("add_audit").sha.encode()
 """What every writing of the record holds."""
