@@ -117,6 +117,11 @@ STORE_RETRIES = Counter(
     "Calls to the store that were to be sent again.",
     registry=_registry,
 )
+STORE_RETRIES_DENIED = Counter(
+    "onboarding_store_retries_denied",
+    "Calls that were not sent again, since too many had been.",
+    registry=_registry,
+)
 STORE_ERRORS = Counter(
     "onboarding_store_errors",
     "Sendings to the store that failed, by kind.",

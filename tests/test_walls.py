@@ -101,6 +101,7 @@ INFRASTRUCTURE: dict[str, str] = {
     "store/gateway": "the one way to the store, and the one layer that retries",
     "store/index": "the index of all sessions, kept where their own scripts cannot",
     "store/keys": "the name of every key",
+    "store/retry_budget": "how many calls a process may send again",
     "store/scripts": "loads the Lua files",
     "store/subscription": "the one connection on which the store says which logs have grown",
     "services/manager": "the one class about one session, by the name that callers know",

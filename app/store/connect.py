@@ -69,6 +69,7 @@ def _connect(settings: Settings, connections: int, name: str) -> Gateway:
             base_s=settings.retry_base_s,
             jitter_s=settings.retry_jitter_s,
             deadline_s=settings.request_deadline_s,
+            budget=settings.max_in_flight * (settings.retry_attempts - 1),
         ),
         replica_wait_ms=_if_replicated(settings, REPLICA_WAIT * settings.redis_timeout_s),
     )

@@ -2,8 +2,8 @@
 
 The happy path enters no retry machinery: a call is sent, and only its failure is judged. What is
 transient is sent again 1, 2 and 4 seconds later, each with a random part, as long as the request's
-deadline allows; every sending of a write carries the same operation id, by which the script
-recognises it.
+deadline and the budget of the process allow; every sending of a write carries the same operation
+id, by which the script recognises it.
 
 Where a write counts only once a replica has it, WAIT follows the script on its connection, in the
 same round trip. WAIT vouches for nothing but what its connection wrote, and a script that answers
@@ -31,6 +31,7 @@ from tenacity import (
     wait_exponential,
     wait_random,
 )
+from tenacity.stop import stop_base
 
 from app.clock import monotonic_s
 from app.context import get_context
@@ -39,12 +40,13 @@ from app.errors import (
     IdempotencyMismatchError,
     StoreError,
 )
-from app.metrics import STORE_ERRORS, STORE_RETRIES, STORE_TALLY
+from app.metrics import STORE_ERRORS, STORE_RETRIES, STORE_RETRIES_DENIED, STORE_TALLY
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.client import close_client, leave_server, send_and_wait
 from app.store.faults import Fault, Remedy, corrupt, judge
 from app.store.index import IndexFollower
 from app.store.keys import Keys, SessionKeys
+from app.store.retry_budget import RetryBudget
 from app.store.scripts import Script, load_script
 
 log = structlog.get_logger()
@@ -67,7 +69,8 @@ class RetryPolicy:
     `attempts` counts the first sending. The wait before the n-th repeat is `base_s` * 2^(n-1) plus
     a random part of up to `jitter_s`: full jitter would give up within a two-second outage in 15 %
     of the calls. No repeat begins later than `deadline_s` after the call did, where the request
-    has no deadline of its own. All in seconds.
+    has no deadline of its own. All in seconds. `budget` is how many repeats all calls together may
+    have at once, see `RetryBudget`.
     """
 
     send_s: float = 1.5
@@ -75,6 +78,7 @@ class RetryPolicy:
     base_s: float = 1.0
     jitter_s: float = 0.5
     deadline_s: float = 15.0
+    budget: int = 768
 
 
 class Vouch(Enum):
@@ -120,6 +124,7 @@ class Gateway:
         self.mode = mode
         self._make_client = make_client
         self._policy = policy
+        self._budget = RetryBudget(policy.budget)
         self._replica_wait_ms = replica_wait_ms
         self._clients: dict[tuple[asyncio.AbstractEventLoop, bool], Client] = {}
         self._sending: set[asyncio.Task[Any]] = set()
@@ -309,7 +314,9 @@ class Gateway:
                 context.meter.retries += 1
 
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._policy.attempts) | stop_before_delay(max(0.0, left_s)),
+            stop=stop_after_attempt(self._policy.attempts)
+            | stop_before_delay(max(0.0, left_s))
+            | _WhenSpent(self._budget),
             wait=wait_exponential(multiplier=self._policy.base_s)
             + wait_random(0, self._policy.jitter_s),
             retry=retry_if_exception(self._is_transient),
@@ -389,6 +396,19 @@ class Gateway:
     def _clients_here(self) -> list[Client]:
         loop = asyncio.get_running_loop()
         return [client for (other, _), client in self._clients.items() if other is loop]
+
+
+class _WhenSpent(stop_base):
+    """Stops who would send again when the budget has nothing left."""
+
+    def __init__(self, budget: RetryBudget) -> None:
+        self._budget = budget
+
+    def __call__(self, retry_state: RetryCallState) -> bool:  # noqa: ARG002 - tenacity's name
+        if self._budget.take():
+            return False
+        STORE_RETRIES_DENIED.inc()
+        return True
 
 
 def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:
