@@ -70,7 +70,9 @@ def test_help_is_the_default_goal() -> None:
     assert make() == make("help")
 
 
-@pytest.mark.parametrize("target", ["run", "test", "install", "install-dev", "check", "help"])
+@pytest.mark.parametrize(
+    "target", ["run", "test", "install", "install-dev", "check", "chaos", "help"]
+)
 def test_a_target_that_people_rely_on_is_there(target: str) -> None:
     assert target in TARGETS
 
