@@ -87,10 +87,12 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     (redis_errors.AuthorizationError, "", _permanent("authorization")),
     (redis_errors.NoPermissionError, "", _permanent("authorization")),
     (redis_errors.MaxConnectionsError, "", _permanent("pool_exhausted", OverloadedError)),
+    # Nobody was asked. A store that is frozen holds every connection until its time limit, and
+    # those who wait for one meanwhile are no more at fault than those who have one.
     (
         redis_errors.ConnectionError,
         "No connection available",
-        _permanent("pool_exhausted", OverloadedError),
+        Fault("pool_exhausted", Remedy.RETRY, OverloadedError),
     ),
     (redis_errors.BusyLoadingError, "", _transient("loading")),
     # A replica that was the master: the new one may be found in time.

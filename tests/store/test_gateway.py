@@ -472,29 +472,48 @@ class TestWhatWouldFailTheSameWayAgainIsSentOnce:
                 front, CorruptRecordError, lambda: place.manager.save_step(session_id, 1, {"a": 3})
             )
 
-    async def test_a_pool_without_a_free_connection(self, proxy: Proxy) -> None:
+
+class TestAPoolWithoutAFreeConnection:
+    @pytest.fixture
+    async def client(self, proxy: Proxy) -> AsyncIterator[Redis]:
         client = make_client(
             parse_store_url(url_of(proxy)), timeout_s=0.05, max_connections=1, client_name="t"
         )
         assert isinstance(client, Redis)
-        gateway = Gateway(
+        yield client
+        await client.aclose()
+
+    @pytest.fixture
+    def gateway(self, client: Redis) -> Gateway:
+        return Gateway(
             lambda: client,
             keys=Keys(hash_tag=False),
             lifetime_ms=1000,
             mode="standalone",
-            policy=RetryPolicy(base_s=60.0),
+            policy=RetryPolicy(attempts=3, base_s=0.05, jitter_s=0.0),
         )
-        manager = make_manager(gateway, load_settings())
-        pool: Any = client.connection_pool
-        taken = await pool.get_connection()
+
+    async def test_is_overload_when_none_becomes_free_and_nothing_is_sent(
+        self, proxy: Proxy, client: Redis, gateway: Gateway
+    ) -> None:
+        taken = await client.connection_pool.get_connection()
         before = proxy.commands.copy()
         with pytest.raises(OverloadedError):
-            await manager.get_progress("s")
+            await gateway.command("GET", "a")
+        assert gateway.failures_last_minute == 3
         assert proxy.commands == before
-        await pool.release(taken)
-        with pytest.raises(SessionNotFoundError):
-            await manager.get_progress("s")
-        await gateway.aclose()
+        await client.connection_pool.release(taken)
+
+    async def test_is_waited_for_as_for_a_store_that_is_away(
+        self, client: Redis, gateway: Gateway
+    ) -> None:
+        taken = await client.connection_pool.get_connection()
+        asking = asyncio.create_task(gateway.command("GET", "a"))
+        async with asyncio.timeout(5):
+            while gateway.failures_last_minute == 0:
+                await asyncio.sleep(0.001)
+        await client.connection_pool.release(taken)
+        assert await asking is None
 
 
 class TestARequestAtFaultSendsNothing:
@@ -712,6 +731,7 @@ FAULTS: list[tuple[Exception, Remedy, type[OnboardingError] | None]] = [
     (redis_errors.ResponseError("MASTERDOWN Link is down"), RETRY, StoreUnavailableError),
     (redis_errors.ResponseError("TRYAGAIN Multiple keys"), RETRY, StoreUnavailableError),
     (redis_errors.ExternalAuthProviderError("LDAP service"), RETRY, StoreUnavailableError),
+    (redis_errors.ConnectionError("No connection available."), RETRY, OverloadedError),
     # It would fail the same way again.
     (redis_errors.AuthenticationError("invalid password"), GIVE_UP, StoreUnavailableError),
     (
@@ -722,7 +742,6 @@ FAULTS: list[tuple[Exception, Remedy, type[OnboardingError] | None]] = [
     (redis_errors.AuthorizationError("not allowed"), GIVE_UP, StoreUnavailableError),
     (redis_errors.NoPermissionError("User x has no permissions"), GIVE_UP, StoreUnavailableError),
     (redis_errors.MaxConnectionsError("Too many connections"), GIVE_UP, OverloadedError),
-    (redis_errors.ConnectionError("No connection available."), GIVE_UP, OverloadedError),
     (redis_errors.OutOfMemoryError("command not allowed"), GIVE_UP, StoreFullError),
     (redis_errors.ResponseError("OOM command not allowed"), GIVE_UP, StoreFullError),
     (redis_errors.ResponseError("MISCONF Errors writing"), GIVE_UP, StoreReadonlyError),
