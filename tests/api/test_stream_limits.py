@@ -286,7 +286,7 @@ async def test_streams_that_wait_for_the_store_leave_connections_to_the_others(
                     answer_of(await GET_PROGRESS.send(api, session_id))
         finally:
             # Nobody need wait until the streams have given up.
-            proxy._to_drop.clear()
+            proxy.lose_none()
             proxy.reset_all()
 
 

@@ -170,7 +170,10 @@ class Load:
         if answer is not None and answer.is_success:
             self.ledger.acknowledged_at.append(now_s)
         elif answer is not None:
-            self.ledger.errors[f"{answer.status_code} {answer.json()['code']}"] += 1
+            what = f"{answer.status_code} {answer.json()['code']}"
+            if answer.status_code == 503 and "Retry-After" not in answer.headers:
+                what += " without Retry-After"
+            self.ledger.errors[what] += 1
             answer = None
         while not self._ended.is_set() and (left_s := begun_s + self._pace_s - now_s) > 0:
             await asyncio.sleep(min(left_s, 0.2))

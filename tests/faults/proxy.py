@@ -1,12 +1,17 @@
 """Stand between a client and a server: count commands, lose replies, hold, break."""
 
 import asyncio
+import random
+import socket
 import ssl
+import struct
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from enum import Enum, auto
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from app.store.scripts import load_script
 from tests.faults.servers import HOST
@@ -15,12 +20,68 @@ RECORDING = load_script("add_audit").sha.encode()
 """What every writing of the record holds."""
 
 
+OPENING = {"HELLO", "AUTH", "CLIENT", "SELECT"}
+"""What a client sends on a new connection before anything else."""
+
+
+class Loss(Enum):
+    """What becomes of a reply that is lost. The server has carried the command out."""
+
+    SWALLOWED = auto()
+    """Nothing arrives, the connection stays open and in step."""
+
+    RESET = auto()
+    """The connection breaks instead."""
+
+    HALF_SENT = auto()
+    """A part of it arrives, then the connection breaks."""
+
+
+class Held:
+    """One command that is kept back on its connection, which goes on behind it.
+
+    `arrived` says that it is here; `reply` is what the server answered to it in the end.
+    """
+
+    def __init__(self, part: bytes) -> None:
+        self.part = part
+        self.arrived = asyncio.Event()
+        self.reply: bytes | None = None
+        self._sent_on = asyncio.Event()
+        self._answered = asyncio.Event()
+
+    async def deliver(self) -> bytes:
+        """Let the server have it, whoever still waits for it, and give the server's answer."""
+        self._sent_on.set()
+        await self._answered.wait()
+        assert self.reply is not None
+        return self.reply
+
+    def answer(self, reply: bytes) -> None:
+        """Note what the server answered."""
+        self.reply = reply
+        self._answered.set()
+
+    async def pass_on(self, frame: bytes, writer: asyncio.StreamWriter) -> None:
+        """Wait until it is delivered, and until it is answered: its client may be gone by then."""
+        self.arrived.set()
+        await self._sent_on.wait()
+        writer.write(frame)
+        await self._answered.wait()
+
+
+class _Asked(NamedTuple):
+    name: str
+    held: Held | None
+
+
 class Proxy:
     """Forward `port` to `target_port`; every fault ends with the `async with` block.
 
     `commands` counts the commands that clients sent by their first word in upper case (what is
     written behind the requests, the record of who did what, as AUDIT), as they
-    arrive here, held ones too. `tls` is what clients meet; the way to the server is plain.
+    arrive here, held ones too. `lost` counts the replies that were lost, by the way. `tls` is what
+    clients meet; the way to the server is plain.
     """
 
     host = HOST
@@ -33,7 +94,13 @@ class Proxy:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._refusing = False
-        self._to_drop: deque[str | None] = deque()
+        self._to_lose: deque[tuple[str | None, Loss]] = deque()
+        self._to_hold: list[Held] = []
+        self._watched: list[tuple[bytes, list[float]]] = []
+        self._lost_share = 0.0
+        self._longest_delay_s = 0.0
+        self._random = random.Random()
+        self.lost: Counter[Loss] = Counter()
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -42,7 +109,40 @@ class Proxy:
 
         The server has carried the command out, the connection stays open and in step.
         """
-        self._to_drop.extend([to.upper() if to else None] * count)
+        self.lose_replies(Loss.SWALLOWED, count, to=to)
+
+    def lose_replies(self, how: Loss, count: int, *, to: str | None = None) -> None:
+        """Lose the next `count` replies, on whichever connection; `to` spares other commands."""
+        self._to_lose.extend([(to.upper() if to else None, how)] * count)
+
+    def lose_some(self, share: float, seed: int) -> None:
+        """Lose such a share of the replies from now on, each in one of the ways.
+
+        What a connection says when it is opened is spared: it says so much that hardly one would.
+        """
+        self._lost_share = share
+        self._random.seed(seed)
+
+    def lose_none(self) -> None:
+        """Let every reply through from now on."""
+        self._to_lose.clear()
+        self._lost_share = 0.0
+
+    def delay(self, longest_s: float) -> None:
+        """Let everything take so long at most, in both directions, each time another while."""
+        self._longest_delay_s = longest_s
+
+    def watch(self, part: bytes) -> list[float]:
+        """Note when each command arrives that holds `part`, in `time.monotonic`."""
+        times: list[float] = []
+        self._watched.append((part, times))
+        return times
+
+    def hold_back(self, part: bytes) -> Held:
+        """Keep back the next command that holds `part`, and nothing else."""
+        held = Held(part)
+        self._to_hold.append(held)
+        return held
 
     def hold(self) -> None:
         """Keep back everything in both directions, connections open, until `release()`."""
@@ -99,7 +199,7 @@ class Proxy:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection(HOST, self._target_port)
         self._writers.add(server_writer)
-        asked: deque[str] = deque()
+        asked: deque[_Asked] = deque()
         pumps = (
             asyncio.create_task(self._pump_commands(reader, server_writer, asked)),
             asyncio.create_task(self._pump_replies(server_reader, writer, asked)),
@@ -120,32 +220,74 @@ class Proxy:
         self._writers.discard(writer)
 
     async def _pump_commands(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[str]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[_Asked]
     ) -> None:
         async for frame in _frames(reader):
             name = _command_name(frame)
             self.commands["AUDIT" if RECORDING in frame else name] += 1
+            for part, times in self._watched:
+                if part in frame:
+                    times.append(time.monotonic())
+            held = self._find_held(frame)
             if not name.endswith("SUBSCRIBE"):  # answered by push messages, not by a reply
-                asked.append(name)
-            await self._flowing.wait()
+                asked.append(_Asked(name, held))
+            if held is not None:
+                await held.pass_on(frame, writer)
+                continue
+            await self._take_time()
             writer.write(frame)
             await writer.drain()
 
     async def _pump_replies(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[str]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[_Asked]
     ) -> None:
         async for frame in _frames(reader):
-            if frame[:1] != b">" and self._drops(asked.popleft() if asked else ""):
+            loss = None
+            if frame[:1] != b">":
+                name, held = asked.popleft() if asked else _Asked("", None)
+                if held is not None:
+                    held.answer(frame)
+                loss = self._loss_for(name)
+            if loss is Loss.SWALLOWED:
                 continue
-            await self._flowing.wait()
+            await self._take_time()
+            if loss is Loss.RESET:
+                _reset(writer)
+                return
+            if loss is Loss.HALF_SENT:
+                writer.write(frame[: len(frame) // 2])
+                return
             writer.write(frame)
             await writer.drain()
 
-    def _drops(self, name: str) -> bool:
-        if not self._to_drop or self._to_drop[0] not in (None, name):
-            return False
-        self._to_drop.popleft()
-        return True
+    async def _take_time(self) -> None:
+        await self._flowing.wait()
+        if self._longest_delay_s:
+            await asyncio.sleep(self._random.uniform(0, self._longest_delay_s))
+
+    def _find_held(self, frame: bytes) -> Held | None:
+        for held in self._to_hold:
+            if held.part in frame:
+                self._to_hold.remove(held)
+                return held
+        return None
+
+    def _loss_for(self, name: str) -> Loss | None:
+        loss = None
+        if self._to_lose and self._to_lose[0][0] in (None, name):
+            _, loss = self._to_lose.popleft()
+        elif name not in OPENING and self._random.random() < self._lost_share:
+            loss = self._random.choice(list(Loss))
+        if loss is not None:
+            self.lost[loss] += 1
+        return loss
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with RST in the place of FIN: who reads gets an error, and not an end."""
+    link: socket.socket = writer.get_extra_info("socket")
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 async def _frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

@@ -497,23 +497,25 @@ class TestAPoolWithoutAFreeConnection:
     async def test_is_overload_when_none_becomes_free_and_nothing_is_sent(
         self, proxy: Proxy, client: Redis, gateway: Gateway
     ) -> None:
-        taken = await client.connection_pool.get_connection()
+        pool: Any = client.connection_pool
+        taken = await pool.get_connection()
         before = proxy.commands.copy()
         with pytest.raises(OverloadedError):
             await gateway.command("GET", "a")
         assert gateway.failures_last_minute == 3
         assert proxy.commands == before
-        await client.connection_pool.release(taken)
+        await pool.release(taken)
 
     async def test_is_waited_for_as_for_a_store_that_is_away(
         self, client: Redis, gateway: Gateway
     ) -> None:
-        taken = await client.connection_pool.get_connection()
+        pool: Any = client.connection_pool
+        taken = await pool.get_connection()
         asking = asyncio.create_task(gateway.command("GET", "a"))
         async with asyncio.timeout(5):
             while gateway.failures_last_minute == 0:
                 await asyncio.sleep(0.001)
-        await client.connection_pool.release(taken)
+        await pool.release(taken)
         assert await asking is None
 
 

@@ -1,0 +1,188 @@
+"""Callers go away at every moment: nobody gets another's answer, and no connection is left."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.clock import monotonic_s
+from tests.faults.proxy import Proxy
+from tests.faults.servers import HOST, Valkey, wait_until
+from tests.faults.test_store_away import Begin, Runs
+from tests.store.sessions import Place, working_at
+
+CALLERS = 64
+"""How many ask at once: more than there are connections, so that some wait for one."""
+
+OPERATIONS = 400
+"""How many operations a run has, over all callers."""
+
+LONGEST_DELAY_S = 0.004
+"""How long a command or a reply takes on its way at most."""
+
+SHARE = 0.7
+"""How often a caller means to go away; sometimes the answer comes before that."""
+
+
+@dataclass
+class Caller:
+    """Reads what nobody else has, writes what nobody else writes, and goes away at times.
+
+    Its session has its number in step 1, and in step 2 what it wrote last.
+    """
+
+    place: Place
+    random: random.Random
+    numbers: "count[int]"
+    session_id: str = ""
+    own: int = 0
+    written: set[int] = field(default_factory=set)
+    """What may stand in step 2: what was acknowledged last, and what was given up after it."""
+    version: int = 0
+    patience_s: float = LONGEST_DELAY_S
+    """How long the last answer took that was waited for."""
+    answered: int = 0
+    cancelled: int = 0
+    done_all_the_same: int = 0
+    """Writes that were given up after they had left."""
+    wrong: int = 0
+
+    async def prepare(self) -> None:
+        self.own = next(self.numbers)
+        self.session_id = await self.place.manager.create_session(workspace_id=f"w{self.own}")
+        await self.place.manager.save_steps(
+            self.session_id, {1: {"number": self.own}, 2: {"number": self.own}}
+        )
+        self.written, self.version = {self.own}, 1
+
+    async def work(self, operations: int) -> None:
+        calls = (self.read, self.save, self.read_session, self.read_all)
+        for _ in range(operations):
+            call = self.random.choice(calls)
+            if self.random.random() < SHARE:
+                await self.give_up(call)
+            else:
+                begun_s = monotonic_s()
+                await call()
+                self.patience_s = monotonic_s() - begun_s
+                self.answered += 1
+
+    async def give_up(self, call: Callable[[], Awaitable[None]]) -> None:
+        calling = asyncio.ensure_future(call())
+        await asyncio.wait([calling], timeout=self.random.uniform(0, 1.2 * self.patience_s))
+        calling.cancel()
+        await asyncio.wait([calling])
+        if calling.cancelled():
+            self.cancelled += 1
+        else:
+            calling.result()
+            self.answered += 1
+
+    async def read(self) -> None:
+        step = await self.place.manager.get_step(self.session_id, 1)
+        self.wrong += step is None or step["data"] != {"number": self.own}
+
+    async def read_session(self) -> None:
+        session = await self.place.manager.get_session(self.session_id)
+        found = session["session_id"], session["workspace_id"]
+        self.wrong += found != (self.session_id, f"w{self.own}")
+
+    async def read_all(self) -> None:
+        steps = await self.place.manager.get_all_steps(self.session_id)
+        self.wrong += steps[1]["data"] != {"number": self.own}
+        self.wrong += steps[2]["data"]["number"] not in self.written
+
+    async def save(self) -> None:
+        number = next(self.numbers)
+        self.written.add(number)
+        saved: Any = await self.place.manager.save_step(self.session_id, 2, {"number": number})
+        self.wrong += saved["session_id"] != self.session_id or saved["version"] <= self.version
+        self.done_all_the_same += saved["version"] - self.version - 1
+        self.version = saved["version"]
+        self.written = {number}
+
+
+@pytest.mark.parametrize(
+    "durability", ["local", pytest.param("replicated", marks=pytest.mark.chaos)]
+)
+async def test_who_goes_away_leaves_nothing_and_takes_nobodys_answer(
+    tmp_path: Path, report: Begin, runs: Runs, durability: str
+) -> None:
+    row = report(f"operations, about half of them cancelled ({durability})")
+    times = runs(10_000 // OPERATIONS)
+    numbers = count()
+    with ExitStack() as servers:
+        store = servers.enter_context(Valkey.start(tmp_path / "store", repl_diskless_sync_delay=0))
+        if durability == "replicated":
+            replica = servers.enter_context(
+                Valkey.start(tmp_path / "replica", replicaof=(HOST, store.port))
+            )
+            wait_until(lambda: follows(replica), 10, "the replica follows")
+        async with AsyncExitStack() as stack:
+            proxy = await stack.enter_async_context(Proxy(store.port))
+            url = f"redis://{HOST}:{proxy.port}/0"
+            place = await stack.enter_async_context(working_at(url, durability=durability))
+            callers = [Caller(place, random.Random(n), numbers) for n in range(CALLERS)]
+            await asyncio.gather(*(caller.prepare() for caller in callers))
+            before = own_tasks()
+            proxy.delay(LONGEST_DELAY_S)
+            each = -(-times * OPERATIONS // CALLERS)
+            await asyncio.gather(*(caller.work(each) for caller in callers))
+            proxy.delay(0)
+            await asyncio.gather(*(caller.read_all() for caller in callers))
+
+            row.runs = times
+            row.acknowledged = sum(caller.answered for caller in callers)
+            wrong = sum(caller.wrong for caller in callers)
+            cancelled = sum(caller.cancelled for caller in callers)
+            pool = place.gateway.describe_pool()
+            left = await connections_left(place, store)
+            row.beside = {
+                "cancelled": f"{cancelled:,}",
+                "cancelled writes that were done": str(sum(c.done_all_the_same for c in callers)),
+                "wrong answers": str(wrong),
+                "connections leaked": str(pool["in_use"] + left),
+                "tasks left": str(len(own_tasks() - before)),
+            }
+            assert wrong == 0
+            assert (pool["in_use"], left) == (0, 0)
+            assert own_tasks() - before == set()
+            assert cancelled >= 0.4 * (cancelled + row.acknowledged)
+
+
+async def connections_left(place: Place, store: Valkey) -> int:
+    """Count the connections that the store has and the pools do not know of."""
+
+    def left() -> int:
+        known = sum(
+            connection.is_connected
+            for client in place.gateway._clients_here()
+            for connection in client.connection_pool._available_connections  # type: ignore[union-attr]
+        )
+        listed = store.command("CLIENT", "LIST")
+        return sum("name=onboarding " in line for line in listed.splitlines()) - known
+
+    for _ in range(200):
+        if left() == 0:
+            break
+        await asyncio.sleep(0.01)
+    return left()
+
+
+def own_tasks() -> set[Any]:
+    """Find the tasks that run, those of a proxy aside."""
+    return {
+        task
+        for task in asyncio.all_tasks()
+        if "Proxy." not in getattr(task.get_coro(), "__qualname__", "")
+    }
+
+
+def follows(replica: Valkey) -> bool:
+    return bool(replica.command("INFO", "replication")["master_link_status"] == "up")
