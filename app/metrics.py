@@ -100,6 +100,12 @@ ASKS = Gauge(
     multiprocess_mode="livesum",
     registry=_registry,
 )
+TASKS = Gauge(
+    "onboarding_tasks",
+    "Tasks of the event loops: requests, streams, and the work beside them.",
+    multiprocess_mode="livesum",
+    registry=_registry,
+)
 PROCESSES = Gauge(
     "onboarding_processes",
     "Processes by what their health says, which is how they find the store.",

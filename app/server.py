@@ -22,6 +22,10 @@ log = structlog.get_logger()
 GRACE_S = 10
 """How long requests in flight may go on after the drain, in seconds."""
 
+KEEP_ALIVE_S = 75
+"""How long a connection may be idle, in seconds. Longer than balancers keep theirs (nginx and most
+others 60): whoever closes first must be the one that sends, or a request may meet the close."""
+
 LONGEST_SEGMENT = 1_600
 """Where a longer segment of a path is cut, in bytes: nothing that we serve has one (a user's id has
 1,536 at most), and what is cut stays what it was, no id and no number. httptools reads no URL of
@@ -95,6 +99,7 @@ def make_config(app: Callable[..., Any] | str, **options: Any) -> uvicorn.Config
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
         **options,
     )

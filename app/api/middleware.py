@@ -19,6 +19,7 @@ from app.clock import monotonic_s
 from app.context import RequestContext, get_context, new_request_id, reset_context, set_context
 from app.errors import DeadlineExceededError
 from app.metrics import count_request
+from app.wiring import Services
 
 log = structlog.get_logger()
 
@@ -69,8 +70,9 @@ class RequestMiddleware:
                 answer = MutableHeaders(scope=message)
                 answer["x-request-id"] = request_id
                 answer.update(scope.get(HEADERS, {}))
-                if waits_for_leave and not read:
-                    # Whether the body still comes is open: what comes next may be it, or not.
+                # Whether a body that waits for leave still comes is open: what comes next may be
+                # it, or not.
+                if (waits_for_leave and not read) or _is_stopping(scope):
                     answer["connection"] = "close"
             await send(message)
 
@@ -96,6 +98,15 @@ class RequestMiddleware:
                     principal=known.principal.label,
                 )
             reset_context(token)
+
+
+def _is_stopping(scope: Scope) -> bool:
+    """Say whether this process is about to end, so that clients had better go elsewhere.
+
+    A connection that is kept until the end is closed under whoever sends just then.
+    """
+    services: Services | None = scope.get("state", {}).get("services")
+    return services is not None and services.health.is_stopping
 
 
 def _keep_encoded_slashes(scope: Scope) -> None:

@@ -80,6 +80,11 @@ class HealthMonitor:
         return "degraded" if self._look.readable else "down"
 
     @property
+    def is_stopping(self) -> bool:
+        """Whether the process is about to end."""
+        return self._stopping
+
+    @property
     def is_readable(self) -> bool:
         """Whether the store could be read at the last look."""
         return self._look.readable

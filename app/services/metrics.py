@@ -10,6 +10,7 @@ from app.metrics import (
     IN_FLIGHT,
     PROCESSES,
     STREAMS_OPEN,
+    TASKS,
     Exposition,
     describe_sessions,
     render,
@@ -80,6 +81,7 @@ class MetricsService:
         IN_FLIGHT.labels("requests").set(self._in_flight.count)
         IN_FLIGHT.labels("transfers").set(self._transfers.count)
         STREAMS_OPEN.set(self._events.followers)
+        TASKS.set(len(asyncio.all_tasks()))
         ASKS.labels("running").set(self._assistant.running)
         ASKS.labels("waiting").set(self._assistant.waiting)
         for status in get_args(Status):

@@ -253,6 +253,16 @@ async def test_streams_that_are_open_are_counted(api: AsyncClient, session_id: s
     await until(api, "onboarding_streams_open", 0)
 
 
+async def test_tasks_of_the_process_are_counted(api: AsyncClient, session_id: str) -> None:
+    before = (await read(api))["onboarding_tasks"]
+    async with api.stream("GET", f"{BASE}/{session_id}/events/stream"):
+        following = (await until(api, "onboarding_streams_open", 1))["onboarding_tasks"]
+        async with api.stream("GET", f"{BASE}/{session_id}/events/stream"):
+            await until(api, "onboarding_streams_open", 2)
+        # What all streams share began with the first.
+        assert (await until(api, "onboarding_tasks", following))["onboarding_tasks"] > before
+
+
 async def test_questions_are_counted_that_run_and_that_wait(serve: Serve) -> None:
     book = agents.new_book()
     api: AsyncClient = await serve(agent=agents.AGENT, max_concurrent_asks=1)

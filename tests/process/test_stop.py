@@ -45,6 +45,7 @@ class Stop:
     readiness: int = 0
     liveness: int = 0
     served_while_draining: list[int] = field(default_factory=list)
+    asked_to_leave: list[bool] = field(default_factory=list)
     drained_after_s: float = 0.0
     slow_request: int = 0
     exit_status: int | None = None
@@ -69,15 +70,15 @@ def stop(request: pytest.FixtureRequest, start_shared: StartService) -> Stop:
         session_id = begin_session(client)
         assert save_step(client, session_id, 1, a=1).status_code == 200
     slow = SlowRequest(service.port, f"{BASE}/{session_id}/steps/3", b'{"data": {"slow": true}}')
-    kept = _connect_to_each_process(service)
+    kept, idle = _connect_to_each_process(service), _connect_to_each_process(service)
 
     service.send(signal.SIGTERM)
     begun_s = time.monotonic()
     _watch_the_drain(service, session_id, kept, begun_s, seen)
-    wait_until(lambda: all(each.is_closed() for each in kept), 10.0, "the drain is over")
+    wait_until(lambda: all(each.is_closed() for each in idle), 10.0, "the drain is over")
     seen.drained_after_s = time.monotonic() - begun_s
     seen.slow_request = slow.finish()
-    for each in kept:
+    for each in kept + idle:
         each.close()
 
     seen.exit_status = service.wait_for_exit()
@@ -113,10 +114,9 @@ def _watch_the_drain(
         seen.health = client.get("/health").json()
         seen.readiness = client.get("/readyz").status_code
         seen.liveness = client.get("/livez").status_code
-        seen.served_while_draining = [
-            client.get(f"{BASE}/{session_id}").status_code,
-            save_step(client, session_id, 2, b=2).status_code,
-        ]
+        served = client.get(f"{BASE}/{session_id}"), save_step(client, session_id, 2, b=2)
+    seen.served_while_draining = [each.status_code for each in served]
+    seen.asked_to_leave = [each.headers.get("connection") == "close" for each in served]
 
 
 def test_health_says_stopping_at_once(stop: Stop) -> None:
@@ -129,6 +129,10 @@ def test_health_says_stopping_at_once(stop: Stop) -> None:
 
 def test_requests_are_served_during_the_drain(stop: Stop) -> None:
     assert stop.served_while_draining == [200, 200]
+
+
+def test_whoever_is_served_during_the_drain_is_asked_to_connect_elsewhere(stop: Stop) -> None:
+    assert stop.asked_to_leave == [True, True]
 
 
 def test_the_drain_takes_as_long_as_it_is_told_to(stop: Stop) -> None:
