@@ -15,7 +15,8 @@ log = structlog.get_logger()
 
 LOOK_EVERY_S = 0.3
 """Pause between two looks at the store, in seconds. A look takes two steps of 0.4 s at most, and
-after a change to the good a third asks for the version: a change is known within 1.5 s."""
+after a change to the good a third asks for the version: a change is known within 1.5 s. Only where
+the way is slow does a look take longer, that makes a connection."""
 
 Status = Literal["ok", "degraded", "down", "stopping"]
 

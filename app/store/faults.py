@@ -131,7 +131,8 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     (redis_errors.ResponseError, "user_script", _permanent("script_failed", None)),
     (redis_errors.TimeoutError, "", _transient("timeout")),
     (redis_errors.ConnectionError, "", _transient("connection")),
-    ((TimeoutError, OSError), "", _transient("connection")),
+    (TimeoutError, "", _transient("timeout")),
+    (OSError, "", _transient("connection")),
     # How uvloop says that a connection has broken since something was sent over it last.
     (RuntimeError, "the handler is closed", _transient("connection")),
 )

@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from typing import Any, NamedTuple
+from collections.abc import Awaitable
+from typing import Any, NamedTuple, TypeVar
 
 from redis.exceptions import ResponseError
 
@@ -12,10 +13,16 @@ from app.store.faults import TooFewReplicasError, judge
 from app.store.gateway import Client
 
 STEP_S = 0.4
-"""Longest wait for one command of the probe, in seconds."""
+"""Longest wait for one answer, in seconds. The probe's client keeps it too."""
+
+CONNECT_S = 4 * STEP_S
+"""Longest wait for an answer that a connection is to be made for, in seconds: a new one asks three
+times by itself. Cut after one step, it would never be made where the store is 100 ms away."""
 
 CANARY_MS = 5_000
 """How long the canary lives."""
+
+T = TypeVar("T")
 
 _WRITE = "return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])"
 
@@ -41,6 +48,7 @@ class Probe:
         self._client = client
         self._canary = canary
         self._replica_wait_ms = replica_wait_ms
+        self._connected = False
 
     async def look(self) -> Look:
         """Write the canary; when the store refuses that, see whether it reads. Never raises."""
@@ -52,6 +60,7 @@ class Probe:
             kind = fault.kind if fault else type(failure).__name__
             if fault is not None and fault.elsewhere:
                 await leave_server(self._client)
+                self._connected = False
             if not isinstance(failure, ResponseError | TooFewReplicasError):
                 return Look(readable=False, writable=False, latency_ms=None, fault=kind)
             readable = await self._can("GET", self._canary) is not _FAILED
@@ -102,12 +111,21 @@ class Probe:
         if self._replica_wait_ms is None:
             await self._do(*parts)
             return
-        async with asyncio.timeout(STEP_S):
-            await send_and_wait(self._client, self._canary, [parts], self._replica_wait_ms)
+        waiting = send_and_wait(self._client, self._canary, [parts], self._replica_wait_ms)
+        await self._within_limit(waiting)
 
     async def _do(self, *parts: str | int) -> Any:
-        async with asyncio.timeout(STEP_S):
-            return await self._client.execute_command(*parts)
+        return await self._within_limit(self._client.execute_command(*parts))
+
+    async def _within_limit(self, answering: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(STEP_S if self._connected else CONNECT_S):
+                answer = await answering
+        except Exception as failure:
+            self._connected = isinstance(failure, ResponseError | TooFewReplicasError)
+            raise
+        self._connected = True
+        return answer
 
 
 _FAILED = object()
