@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from httpx2 import AsyncClient, Client, Limits, Response, TransportError
 
@@ -181,15 +181,31 @@ class Load:
         return answer
 
 
+class Reading(NamedTuple):
+    """What was answered, asked at a moment of `time.monotonic`; status 0 is no answer."""
+
+    asked_s: float
+    took_s: float
+    status: int
+    body: dict[str, Any]
+
+
 class Watch:
-    """Asks a path ten times a second for the length of a block: how long did an answer take?"""
+    """Asks a path ten times a second for the length of a block, on one connection."""
 
     def __init__(self, url: str, path: str) -> None:
-        self.statuses: Counter[int] = Counter()
-        self.took_s: list[float] = []
+        self.readings: list[Reading] = []
         self._url, self._path = url, path
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._ask)
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(reading.status for reading in self.readings)
+
+    @property
+    def took_s(self) -> list[float]:
+        return [reading.took_s for reading in self.readings]
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -208,9 +224,11 @@ class Watch:
         with Client(base_url=self._url, timeout=PATIENCE_S, trust_env=False) as client:
             while not self._ended.wait(0.1):
                 begun_s = time.monotonic()
+                status, body = 0, {}
                 try:
-                    status = client.get(self._path).status_code
+                    answer = client.get(self._path)
+                    status, body = answer.status_code, answer.json()
                 except TransportError:
-                    status = 0
-                self.took_s.append(time.monotonic() - begun_s)
-                self.statuses[status] += 1
+                    pass
+                took_s = time.monotonic() - begun_s
+                self.readings.append(Reading(begun_s, took_s, status, body))

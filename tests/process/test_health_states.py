@@ -1,21 +1,32 @@
 """What health says of a real store in every state that it can be in, and how soon."""
 
 import socket
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 import pytest
 import redis
 from httpx2 import Client
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from tests.faults.servers import HOST, Valkey, free_ports, wait_until
+from tests.faults.servers import Valkey, wait_until
+from tests.faults.states import (
+    NEEDS,
+    connect,
+    demoted,
+    frozen,
+    full,
+    killed,
+    loading,
+    locked,
+    unable_to_save,
+    without_replicas,
+)
 from tests.process.conftest import StartService
 from tests.process.service_process import QUICK_RETRIES, begin_session, save_step, within
 from tests.service import BASE
+
+State = Callable[[Valkey], AbstractContextManager[None]]
 
 pytestmark = pytest.mark.xdist_group("health-states")
 
@@ -30,7 +41,7 @@ ANSWER_S = 0.5
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """Run the store that the tests put into every state."""
     directory = tmp_path_factory.mktemp("store")
-    with Valkey.start(directory, enable_protected_configs=True, busy_reply_threshold=50) as store:
+    with Valkey.start(directory, busy_reply_threshold=50, **NEEDS) as store:
         yield store
 
 
@@ -44,14 +55,7 @@ def client(store: Valkey, start_shared: StartService) -> Iterator[Client]:
 @pytest.fixture
 def admin(store: Valkey, client: Client) -> Iterator[redis.Redis]:
     """Give a connection that stays, and a service that is well before and after the test."""
-    connection = redis.Redis(
-        host=store.host,
-        port=store.port,
-        single_connection_client=True,
-        retry=Retry(NoBackoff(), 0),
-        decode_responses=True,
-    )
-    with closing(connection):
+    with closing(connect(store)) as connection:
         become(client, "ok")
         yield connection
         become(client, "ok")
@@ -154,49 +158,33 @@ def test_the_probes_own_key_lives_for_seconds(admin: redis.Redis, client: Client
     assert all(0 < each <= 10_000 for each in lifetimes())
 
 
-def test_a_frozen_store_is_down(admin: redis.Redis, client: Client, store: Valkey) -> None:
-    store.freeze()
-    try:
-        assert_down(client, store)
-    finally:
-        store.thaw()
-    become(client, "ok")
-
-
-def test_a_store_that_was_killed_is_down_and_ok_when_it_is_back(
-    admin: redis.Redis, client: Client, store: Valkey
+@pytest.mark.parametrize("state", [frozen, killed, locked, loading], ids=lambda it: it.__name__)
+def test_a_store_in_this_state_is_down(
+    admin: redis.Redis, client: Client, store: Valkey, state: State
 ) -> None:
-    store.kill()
-    try:
-        assert_down(client, store)
-    finally:
-        store.restart()
+    with state(store):
+        body = assert_down(client, store)
+        assert "another-secret" not in str(body)
     become(client, "ok")
 
 
 def test_a_full_store_is_degraded_and_still_deletes(
     admin: redis.Redis, client: Client, store: Valkey, session_id: str
 ) -> None:
-    admin.config_set("maxmemory", 1)
-    try:
+    with full(store):
         assert_degraded(client, store, session_id)
         refused = save_step(client, session_id, 2, b=1)
         assert refused.json()["code"] == "store_full"
         assert "retry-after" in refused.headers
         assert client.delete(f"{BASE}/{session_id}").status_code == 200
-    finally:
-        admin.config_set("maxmemory", 0)
     become(client, "ok")
 
 
 def test_a_replica_is_degraded(
     admin: redis.Redis, client: Client, store: Valkey, session_id: str
 ) -> None:
-    admin.replicaof(HOST, free_ports(1)[0])
-    try:
+    with demoted(store):
         assert_degraded(client, store, session_id)
-    finally:
-        admin.replicaof("NO", "ONE")
     become(client, "ok")
     assert save_step(client, session_id, 2, b=1).status_code == 200
 
@@ -205,11 +193,10 @@ def test_a_replica_that_serves_nothing_stale_is_down(
     admin: redis.Redis, client: Client, store: Valkey
 ) -> None:
     admin.config_set("replica-serve-stale-data", "no")
-    admin.replicaof(HOST, free_ports(1)[0])
     try:
-        assert_down(client, store)
+        with demoted(store):
+            assert_down(client, store)
     finally:
-        admin.replicaof("NO", "ONE")
         admin.config_set("replica-serve-stale-data", "yes")
     become(client, "ok")
 
@@ -217,45 +204,19 @@ def test_a_replica_that_serves_nothing_stale_is_down(
 def test_a_master_that_misses_its_replicas_is_degraded(
     admin: redis.Redis, client: Client, store: Valkey, session_id: str
 ) -> None:
-    admin.config_set("min-replicas-to-write", 1)
-    try:
+    with without_replicas(store):
         assert_degraded(client, store, session_id)
-    finally:
-        admin.config_set("min-replicas-to-write", 0)
     become(client, "ok")
 
 
 def test_a_store_that_cannot_save_its_snapshot_is_degraded(
-    admin: redis.Redis, client: Client, store: Valkey, session_id: str, tmp_path: Path
+    admin: redis.Redis, client: Client, store: Valkey, session_id: str
 ) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    admin.config_set("save", "3600 1")
-    admin.config_set("dir", str(gone))
-    gone.rmdir()
-    try:
-        admin.bgsave()
-        wait_until(lambda: _last_snapshot(admin) == "err", 5.0, "the snapshot has failed")
+    with unable_to_save(store):
         assert_degraded(client, store, session_id)
         refused = save_step(client, session_id, 2, b=1)
         assert refused.json()["code"] == "store_readonly"
         assert "retry-after" in refused.headers
-    finally:
-        admin.config_set("dir", str(store.directory))
-        admin.config_set("save", "")
-    become(client, "ok")
-
-
-def test_a_password_that_was_changed_is_down(
-    admin: redis.Redis, client: Client, store: Valkey
-) -> None:
-    admin.config_set("requirepass", "another-secret")
-    try:
-        admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")  # type: ignore[no-untyped-call]
-        body = assert_down(client, store)
-        assert "another-secret" not in str(body)
-    finally:
-        admin.config_set("requirepass", "")
     become(client, "ok")
 
 
@@ -271,34 +232,21 @@ def test_a_store_that_a_script_keeps_busy_is_down(
 def test_health_says_why_as_soon_as_the_reason_changes(
     admin: redis.Redis, client: Client, store: Valkey, session_id: str
 ) -> None:
-    admin.config_set("maxmemory", 1)
-    try:
-        full = become(client, "degraded")["reason"]
-        admin.config_set("min-replicas-to-write", 1)
-        admin.config_set("maxmemory", 0)
+    with without_replicas(store):
+        with full(store):
+            assert become(client, "degraded")["reason"] == "out_of_memory"
         claim = "health names the other reason"
-        wait_until(lambda: _reason(client) not in (full, None), CHANGE_S, claim)
-        assert become(client, "degraded")["reason"] != full
-    finally:
-        admin.config_set("maxmemory", 0)
-        admin.config_set("min-replicas-to-write", 0)
+        wait_until(lambda: _reason(client) == "no_replicas", CHANGE_S, claim)
     become(client, "ok")
 
 
 def test_errors_of_the_last_minute_are_counted(
-    admin: redis.Redis, client: Client, session_id: str
+    admin: redis.Redis, client: Client, store: Valkey, session_id: str
 ) -> None:
     before = ask(client, "/health")[1]["redis"]["errors_last_minute"]
-    admin.config_set("maxmemory", 1)
-    try:
+    with full(store):
         assert save_step(client, session_id, 2, b=1).status_code == 503
-    finally:
-        admin.config_set("maxmemory", 0)
     assert become(client, "ok")["redis"]["errors_last_minute"] > before
-
-
-def _last_snapshot(admin: redis.Redis) -> str:
-    return str(admin.info("persistence")["rdb_last_bgsave_status"])
 
 
 def _reason(client: Client) -> str | None:
