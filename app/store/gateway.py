@@ -328,7 +328,9 @@ class Gateway:
                 number = attempt.retry_state.attempt_number
                 if number == 1:
                     raise first
-                return await send(number)
+                answer = await send(number)
+                self._budget.give_back(number - 1)
+                return answer
         raise AssertionError("tenacity reraises the last failure")
 
     def _is_transient(self, failure: BaseException) -> bool:

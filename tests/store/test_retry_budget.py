@@ -1,5 +1,6 @@
 """Calls are sent again as often as requests in flight may need, and hardly more."""
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -46,6 +47,15 @@ class TestABudget:
         wait(REFILL_S * 5)
         assert taken(budget, 100) == 60
 
+    def test_gets_back_no_more_than_it_had(self, wait: Pass) -> None:
+        budget = RetryBudget(10)
+        wait(REFILL_S)
+        taken(budget, 4)
+        budget.give_back(3)
+        assert taken(budget, 20) == 9
+        budget.give_back(50)
+        assert taken(budget, 20) == 10
+
     def test_of_none_gives_none(self, wait: Pass) -> None:
         budget = RetryBudget(0)
         wait(REFILL_S)
@@ -78,6 +88,20 @@ async def test_an_outage_that_goes_on_is_met_by_one_sending_a_call(wait: Pass) -
     wait(REFILL_S)
     server.connected = True
     assert await gateway.command("GET", "onboarding:x") is None
+    await gateway.aclose()
+
+
+async def test_an_outage_that_calls_outlive_spends_nothing() -> None:
+    server = FakeServer()
+    gateway = gateway_to(server, budget=3)
+    for _ in range(5):
+        server.connected = False
+        calling = asyncio.create_task(gateway.command("GET", "onboarding:x"))
+        failed = gateway.failures_last_minute
+        while gateway.failures_last_minute < failed + 2:
+            await asyncio.sleep(0)
+        server.connected = True
+        assert await calling is None
     await gateway.aclose()
 
 
