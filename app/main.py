@@ -1,6 +1,7 @@
 """The ASGI application."""
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import signal
@@ -51,7 +52,11 @@ def create_app_from_environment() -> Starlette:
     """Make the application as a server's process needs it, logging included."""
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
-    return create_app(settings)
+    app = create_app(settings)
+    # What was loaded stays as long as the process. To look through all of it for garbage would hold
+    # every request up for 40 ms and more, and most of all when many calls fail at once.
+    gc.freeze()
+    return app
 
 
 def _lifespan(settings: Settings) -> Callable[[Starlette], AbstractAsyncContextManager[AppState]]:

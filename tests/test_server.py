@@ -1,11 +1,14 @@
 """What reaches the server byte by byte: nothing is lost in silence, answered twice or unbounded."""
 
 import asyncio
+import gc
 from contextlib import suppress
 
+import pytest
 from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
+from app.main import create_app_from_environment
 from tests.service import BASE
 
 HEAD = "Host: x\r\nContent-Type: application/json\r\n"
@@ -140,3 +143,11 @@ async def test_a_lost_log_or_memory_is_begun_anew_with_the_lifetime_of_the_sessi
         await api.put(f"{BASE}/{session_id}/steps/1", json={"data": {"a": 1}})
         lifetime = await raw.pexpiretime(prefix + "progress")
         assert await raw.pexpiretime(prefix + name) == lifetime
+
+
+def test_a_process_looks_for_no_garbage_in_what_it_has_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("app.main.configure_logging", lambda *_: None)
+    assert create_app_from_environment().routes
+    assert len(gc.get_objects()) < 10_000

@@ -56,7 +56,10 @@ async def test_a_write_that_would_be_refused_again_is_sent_once(
     with Valkey.start(tmp_path / "store", dbfilename="taken", save="3600 1") as store:
         # Saving fails where a directory stands in the place of its file.
         (tmp_path / "store" / "taken").mkdir()
+        store.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
+        store.command("BGSAVE")
         async with wired(tmp_path, store) as here:
+            await wait_for_failed_save(store)
             for run in range(runs(5)):
                 row.runs += 1
                 await assert_sent_once(here, row, f"invalid-{run}", "invalid_step_data", 0)
@@ -65,11 +68,9 @@ async def test_a_write_that_would_be_refused_again_is_sent_once(
                 await assert_sent_once(here, row, f"full-{run}", "store_full", 1)
                 store.command("CONFIG", "SET", "maxmemory", 0)
 
-                store.command("BGSAVE")
-                await wait_for_failed_save(store)
+                store.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "yes")
                 await assert_sent_once(here, row, f"misconf-{run}", "store_readonly", 1)
                 store.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
-                store.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "yes")
 
             # What is connected stays so until it is broken.
             store.command("CONFIG", "SET", "requirepass", "another")

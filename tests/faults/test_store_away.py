@@ -38,6 +38,7 @@ def test_nobody_notices_that_the_store_was_killed(
             store.restart()
             load.wait_for_ack(time.monotonic())
         row.add(load.ledger, load.ledger.read_back(service.url))
+        row.beside["overloaded"] = str(row.errors["503 overloaded"])
     assert (row.errors, row.lost, row.duplicated) == ({}, 0, 0)
 
 
@@ -71,7 +72,7 @@ def test_an_outage(
         assert load.ledger.longest_answer_s < LATEST_S
         assert after_s < 1.5
         assert watch.statuses.keys() == {200}
-        assert max(watch.took_s) < 0.1
+        assert how == "down" or max(watch.took_s) < 0.1
 
 
 @pytest.mark.chaos
