@@ -165,10 +165,14 @@ class FileService:
         return view_file(session_id, shown)
 
     async def open(self, session_id: str, kind: FileKind) -> OpenedFile | None:
-        """Read a body; None when there is none."""
+        """Read a body; None when there is none. Raises `CorruptRecordError`."""
         check_session_id(session_id)
         body = await self._files.get(session_id, kind)
-        return None if body is None else OpenedFile(body.info, self._read(session_id, kind, body))
+        if body is None:
+            return None
+        # Before anything is sent: of the first part it can still be said that it is damaged.
+        self._files.check_size(session_id, kind, body.info, 1, len(body.first))
+        return OpenedFile(body.info, self._read(session_id, kind, body))
 
     async def aclose(self) -> None:
         """Close the connections of this event loop that the parts take."""
@@ -235,8 +239,8 @@ class FileService:
             if part is None:
                 return
             size += len(part)
+            self._files.check_size(session_id, kind, body.info, number, size)
             yield part
-        self._files.check_whole(session_id, kind, body.info, size)
 
 
 def _check_size(kind: FileKind, size: int, limit: int) -> None:

@@ -134,9 +134,14 @@ class FileStore:
                 raise corrupt(key, "the file")
         return part
 
-    def check_whole(self, session_id: str, kind: FileKind, info: FileInfo, size: int) -> None:
-        """Raise `CorruptRecordError` unless the parts of a body had the size that it has."""
-        if size != info.size:
+    def check_size(
+        self, session_id: str, kind: FileKind, info: FileInfo, parts: int, size: int
+    ) -> None:
+        """Raise `CorruptRecordError` when the first parts of a body, so many, cannot be so large.
+
+        All of them have the size of the body, and fewer no more.
+        """
+        if size > info.size or (parts >= info.parts and size != info.size):
             raise corrupt(self._keys.session(session_id).body(kind), "the file")
 
     async def aclose(self) -> None:

@@ -4,7 +4,8 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from httpx2 import AsyncClient, Response
@@ -149,6 +150,25 @@ SESSION_CALLS = [
 
 BODY_CALLS = [SAVE, PUT, BATCH, PATCH, PUT_DRAFT, CREATE, FINALIZE, ASK, CREATE_TOKEN]
 """The calls that take a body."""
+
+
+class Claims:
+    """Cases that are looked at one after another on one service; all that fail are told."""
+
+    def __init__(self) -> None:
+        self._failed: list[Exception] = []
+
+    @contextmanager
+    def about(self, what: object) -> Iterator[None]:
+        try:
+            yield
+        except (AssertionError, LookupError) as failure:
+            failure.add_note(f"about {what}")
+            self._failed.append(failure)
+
+    def settle(self) -> None:
+        if self._failed:
+            raise ExceptionGroup("these did not hold", self._failed)
 
 
 def unknown_id() -> str:

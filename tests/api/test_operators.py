@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from itertools import count, product
 from time import time
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from app.settings import Settings
 from tests.api.helpers import (
     JSON,
     Answers,
+    Claims,
     answer_of,
     ask,
     check_progress,
@@ -69,25 +69,6 @@ CALLS: dict[str, tuple[str, Any]] = {
     "/config": ("GET", None),
 }
 """Every path with one of its methods and a body that it takes."""
-
-
-class Claims:
-    """Cases that are looked at one after another on one service; all that fail are told."""
-
-    def __init__(self) -> None:
-        self._failed: list[Exception] = []
-
-    @contextmanager
-    def about(self, what: object) -> Iterator[None]:
-        try:
-            yield
-        except (AssertionError, LookupError) as failure:
-            failure.add_note(f"about {what}")
-            self._failed.append(failure)
-
-    def settle(self) -> None:
-        if self._failed:
-            raise ExceptionGroup("these did not hold", self._failed)
 
 
 @pytest.fixture

@@ -503,6 +503,11 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     )
     await gateway.command("SET", claim, claimed[0] + '["ok","a"]', "KEEPTTL")
     assert await session.call("claim_key", [claim], [claimed[0], "b", 9_000]) == "replayed"
+    for key in (claim, record):
+        await gateway.command("SET", key, "of somebody else", "KEEPTTL")
+    assert await session.call("claim_key", [claim], [claimed[0], "b", 9_000]) == "damaged"
+    assert await session.call("recall_answer", [record], [first.fingerprint]) == "damaged"
+    assert await session.change("raise_progress", args=mark, request=first) == "damaged"
 
     await drive_tasks(session)
 

@@ -5,7 +5,7 @@
 -- ARGV  1 fingerprint, 2 session id that the claimant means to make, 3 life of the claim in ms
 --
 -- Returns {'ok'}, {'replayed', <first answer>}, {'idempotency_mismatch'},
---         {'in_progress'} while somebody else holds a claim
+--         {'in_progress'} while somebody else holds a claim, {'damaged', key}
 --
 -- Safe to send twice: a claim by the same session id is granted again.
 
@@ -14,6 +14,9 @@ local kept = redis.call('GET', KEYS[1])
 if not kept then
   redis.call('SET', KEYS[1], fingerprint .. claim, 'PX', ARGV[3])
   return {'ok'}
+end
+if not string.find(kept, '^%x+%[') then
+  return {'damaged', KEYS[1]}
 end
 if string.sub(kept, 1, #fingerprint) ~= fingerprint then
   return {'idempotency_mismatch'}

@@ -5,15 +5,17 @@
 --
 -- Returns {'ok', metadata, progress, strings} with the hashes as field and value lists, and of the
 --         strings their values, or 1 and 0,
---         {'not_found'}, {'damaged', key} when one of the hashes is gone and the other is not
+--         {'not_found'}, {'damaged', key} when one of the hashes is none, or gone and the other is
+--         not
 --
 -- Safe to send twice: it reads.
 
-local metadata = redis.call('HGETALL', KEYS[1])
-local progress = redis.call('HGETALL', KEYS[2])
-if #metadata == 0 and #progress == 0 then
+local metadata = redis.pcall('HGETALL', KEYS[1])
+local progress = redis.pcall('HGETALL', KEYS[2])
+if #metadata == 0 and #progress == 0 and not metadata.err and not progress.err then
   return {'not_found'}
 end
+-- The key that is at fault, and not all that are read here.
 if #metadata == 0 then
   return {'damaged', KEYS[1]}
 end

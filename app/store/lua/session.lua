@@ -12,7 +12,7 @@
 --
 -- Returns before the script begins: the first answer, when the operation id is remembered;
 -- {'replayed', <first answer>} or {'idempotency_mismatch'}, when the Idempotency-Key is;
--- {'damaged', key}, when the session's state cannot be read.
+-- {'damaged', key}, when the session's state or that record cannot be read.
 --
 -- Safe to send twice: an operation is remembered for 120 s at least by Redis' own clock, however
 -- many others write, and a repeat is answered from memory before anything is looked at or changed.
@@ -51,6 +51,9 @@ local idempotency = fingerprint ~= '' and KEYS[#KEYS]
 if idempotency then
   local kept = redis.call('GET', idempotency)
   if kept then
+    if not string.find(kept, '^%x+%[') then
+      return {'damaged', idempotency}
+    end
     if string.sub(kept, 1, #fingerprint) ~= fingerprint then
       return {'idempotency_mismatch'}
     end
