@@ -19,6 +19,7 @@ StartService = Callable[..., ServiceProcess]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", action="store_true", help="as often as the figures ask for")
     parser.addoption("--runs", type=int, help="so often, whatever the figures ask for")
+    parser.addoption("--minutes", type=float, default=30.0, help="how long the soak takes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,3 +77,9 @@ def start(tmp_path: Path) -> Iterator[StartService]:
             return stack.enter_context(service).wait_until_it_answers()
 
         yield start
+
+
+@pytest.fixture
+def minutes(request: pytest.FixtureRequest) -> float:
+    """Give how long the soak takes."""
+    return float(request.config.getoption("--minutes"))

@@ -57,10 +57,12 @@ class Ledger:
     def read_back(self, url: str) -> Found:
         """Look for everything, in the service at `url`."""
         lost = duplicated = 0
+        wanted_of: dict[str, dict[int, int]] = {session_id: {} for session_id in self.sessions}
+        for (session_id, step_id), number in self.steps.items():
+            wanted_of[session_id][step_id] = number
         with Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:
-            for session_id in self.sessions:
+            for session_id, wanted in wanted_of.items():
                 path = f"{BASE}/{session_id}"
-                wanted = {n: number for (of, n), number in self.steps.items() if of == session_id}
                 answer = client.get(f"{path}/steps")
                 if answer.status_code == 404:
                     lost += 1 + len(wanted)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.servers import HOST, Valkey, free_ports, wait_until
+from tests.faults.servers import HOST, free_ports
 from tests.process.conftest import StartService
 from tests.process.service_process import (
     QUICK_RETRIES,
@@ -211,28 +211,6 @@ def test_without_its_redis_a_session_is_unavailable_not_absent(
 @pytest.mark.xdist_group("start-absent")
 def test_without_its_redis_it_starts_none_of_its_own(absent: ServiceProcess) -> None:
     assert not absent.data_dir.exists()
-
-
-def test_it_heals_by_itself_when_its_redis_comes(start: StartService, tmp_path: Path) -> None:
-    port = free_ports(1)[0]
-    service = start(REDIS_URL=f"redis://{HOST}:{port}", **QUICK_RETRIES).wait_until_it_answers()
-    assert service.get("/health").json()["status"] == "down"
-
-    with Valkey.start(tmp_path / "valkey", port=port), service.client() as client:
-        wait_until(lambda: client.get("/health").json()["status"] == "ok", 1.5, "it is well")
-        assert client.get("/readyz").status_code == 200
-        assert client.get("/health").json()["redis"]["version"]
-        session_id = begin_session(client)
-        assert client.get(f"{BASE}/{session_id}").status_code == 200
-
-
-def test_it_answers_while_it_still_looks_for_its_redis(start: StartService) -> None:
-    # With the retries that a deployment has: 1, 2 and 4 s apart.
-    service = start(REDIS_URL=f"redis://{HOST}:{free_ports(1)[0]}")
-
-    service.wait_until_it_answers(limit_s=3.0)
-    with within(0.5):
-        assert service.get("/health").json()["status"] == "down"
 
 
 def test_a_redis_that_accepts_and_says_nothing_is_down(start: StartService) -> None:
