@@ -9,6 +9,7 @@ from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
 from app.main import create_app_from_environment
+from app.server import make_config
 from tests.service import BASE
 
 HEAD = "Host: x\r\nContent-Type: application/json\r\n"
@@ -151,3 +152,7 @@ def test_a_process_looks_for_no_garbage_in_what_it_has_loaded(
     monkeypatch.setattr("app.main.configure_logging", lambda *_: None)
     assert create_app_from_environment().routes
     assert len(gc.get_objects()) < 10_000
+
+
+def test_an_idle_connection_is_kept_longer_than_balancers_keep_theirs() -> None:
+    assert make_config("app.main:create_app").timeout_keep_alive > 60
