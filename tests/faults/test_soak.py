@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import chain, cycle
 from pathlib import Path
 from statistics import median
@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 
 import pytest
 
+from app.store.connect import BULK_CONNECTIONS, CONNECTIONS
 from tests.faults.aside import Aside, aside
 from tests.faults.conftest import StartService
 from tests.faults.load import Load
@@ -30,21 +31,31 @@ EXPLAINED = {"503 store_full"}
 """What a client may be told: a full store is the one fault that is not outlasted."""
 
 
+MOST_CONNECTIONS = CONNECTIONS + BULK_CONNECTIONS + 4
+"""Most connections of a process to the store: the pools, two to listen, two for health."""
+
+
 class Sample(NamedTuple):
-    """How a process was at a moment of `time.monotonic`."""
+    """How a process was at a moment of `time.monotonic`.
+
+    `connections` are those to the store, `files` all other open files and sockets: how many the
+    pool has opened is a matter of how much was wanted at once since they were last broken.
+    """
 
     at_s: float
     resident_bytes: int
     files: int
+    connections: int
     tasks: int
 
 
 class Gauges:
     """Looks at a process once a second for the length of a block."""
 
-    def __init__(self, service: ServiceProcess) -> None:
+    def __init__(self, service: ServiceProcess, store_port: int) -> None:
         self.samples: list[Sample] = []
         self._service = service
+        self._store_port = store_port
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
@@ -72,14 +83,24 @@ class Gauges:
                 [tasks] = [line for line in told if line.startswith("onboarding_tasks ")]
                 status = (proc / "status").read_text().splitlines()
                 [resident] = [line for line in status if line.startswith("VmRSS:")]
-                self.samples.append(
-                    Sample(
-                        time.monotonic(),
-                        int(resident.split()[1]) * 1024,
-                        len([*(proc / "fd").iterdir()]),
-                        int(float(tasks.split()[1])),
-                    )
-                )
+                size = int(resident.split()[1]) * 1024
+                files, connections = self._count_files(proc)
+                number = int(float(tasks.split()[1]))
+                self.samples.append(Sample(time.monotonic(), size, files, connections, number))
+
+    def _count_files(self, proc: Path) -> tuple[int, int]:
+        """Count open files, and among them, not counted there, the connections to the store."""
+        to_store = {
+            f"socket:[{fields[9]}]"
+            for fields in map(str.split, (proc / "net/tcp").read_text().splitlines())
+            if fields[2].endswith(f":{self._store_port:04X}")
+        }
+        links: list[str] = []
+        for each in (proc / "fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                links.append(str(each.readlink()))
+        connections = sum(link in to_store for link in links)
+        return len(links) - connections, connections
 
 
 class Middle(NamedTuple):
@@ -154,7 +175,7 @@ def test_nothing_piles_up(
     ):
         service = start(REDIS_URL=f"redis://{proxy.host}:{proxy.port}/0")
         with (
-            Gauges(service) as gauges,
+            Gauges(service, proxy.port) as gauges,
             Load(service.url, wizards=50, per_second=50.0) as load,
             aside(Mix(service.url)) as (mix, _),
         ):
@@ -175,6 +196,7 @@ def test_nothing_piles_up(
     ]
     first, last = by_round[1], by_round[-1]
     grown_bytes = last.resident_bytes - first.resident_bytes
+    most_connections = max(sample.connections for sample in gauges.samples)
     row.errors += mix.refused
     row.beside |= {
         "beside the load": f"{mix.asked:,} calls, {mix.cancelled:,} of them given up",
@@ -182,10 +204,12 @@ def test_nothing_piles_up(
         "grown after the first round": f"{grown_bytes / 1024:.0f} KB",
         "files": " ".join(f"{each.files:.0f}" for each in by_round),
         "tasks": " ".join(f"{each.tasks:.0f}" for each in by_round),
+        "connections to the store": f"{most_connections} at most",
     }
     assert mix.wrong == {}
     assert row.errors.keys() <= EXPLAINED
     assert (row.lost, row.duplicated) == (0, 0)
     assert grown_bytes <= MOST_GROWTH_BYTES
     assert abs(last.files - first.files) <= MOST_MORE
+    assert most_connections <= MOST_CONNECTIONS
     assert abs(last.tasks - first.tasks) <= MOST_MORE
