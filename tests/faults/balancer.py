@@ -161,6 +161,36 @@ class Balancer:
         return True
 
 
+class ConnectionBalancer(Balancer):
+    """The same for connections, as a network does it that knows nothing of HTTP.
+
+    A connection stays with its service, ready or not, until one side closes it.
+    """
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._begin(task)
+        ready = [backend for backend in self._backends if backend.is_ready]
+        with closing(writer), suppress(OSError, asyncio.CancelledError):
+            link = await ready[next(self._turns) % len(ready)].take()
+            with closing(link.writer):
+                pumps = [_pump(reader, link.writer), _pump(link.reader, writer)]
+                tasks = [asyncio.create_task(pump) for pump in pumps]
+                try:
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for each in tasks:
+                        each.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
+        await writer.drain()
+
+
 async def _keep_looking(backend: Backend) -> None:
     while True:
         await asyncio.sleep(LOOK_EVERY_S)

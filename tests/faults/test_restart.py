@@ -14,7 +14,7 @@ from httpx2 import AsyncClient
 
 from tests.events import EventSource
 from tests.faults.aside import aside
-from tests.faults.balancer import Balancer
+from tests.faults.balancer import Balancer, ConnectionBalancer
 from tests.faults.conftest import StartService
 from tests.faults.load import Load
 from tests.faults.report import Row
@@ -80,18 +80,27 @@ class Followers:
 
 
 @pytest.mark.parametrize(
-    ("drain_s", "workers"),
+    ("kind", "drain_s", "workers"),
     [
-        (0.5, 1),  # which is two looks of the balancer
-        pytest.param(5.0, 1, marks=pytest.mark.chaos),
-        pytest.param(5.0, 2, marks=pytest.mark.chaos),
+        (Balancer, 0.5, 1),  # which is two looks of the balancer
+        pytest.param(Balancer, 5.0, 1, marks=pytest.mark.chaos),
+        pytest.param(Balancer, 5.0, 2, marks=pytest.mark.chaos),
+        pytest.param(ConnectionBalancer, 5.0, 1, marks=pytest.mark.chaos),
     ],
 )
 def test_nobody_notices_that_one_service_after_the_other_is_restarted(
-    start: StartService, store: Valkey, report: Begin, runs: Runs, drain_s: float, workers: int
+    start: StartService,
+    store: Valkey,
+    report: Begin,
+    runs: Runs,
+    kind: type[Balancer],
+    drain_s: float,
+    workers: int,
 ) -> None:
+    balanced = "requests" if kind is Balancer else "connections"
     row = report(
-        f"2 services of {workers} process(es) restarted in turn, drain {drain_s} s, 100 requests/s"
+        f"2 services of {workers} process(es) restarted in turn, drain {drain_s} s, "
+        f"{balanced} balanced, 100 requests/s"
     )
     longest_exit_s = 0.0
     for _ in range(runs(5)):
@@ -103,7 +112,7 @@ def test_nobody_notices_that_one_service_after_the_other_is_restarted(
         }
         services = {port: start(PORT=str(port), **environment) for port in ports}
         with (
-            aside(Balancer(*ports)) as (balancer, _),
+            aside(kind(*ports)) as (balancer, _),
             aside(Followers(balancer.url)) as (followers, _),
             Load(balancer.url, wizards=50) as load,
         ):
