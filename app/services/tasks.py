@@ -182,7 +182,8 @@ class TaskService:
         try:
             task = await self._tasks.get(task_id)
         except CorruptRecordError:
-            removed = await self._tasks.drop(task_id)
+            await self._tasks.drop(task_id)
+            removed = True
         else:
             removed = task is not None and await self._remove(task)
         if removed:
@@ -328,7 +329,8 @@ class TaskService:
             try:
                 task = await self._tasks.get(task_id)
             except CorruptRecordError:
-                return await self._tasks.drop(task_id)
+                await self._tasks.drop(task_id)
+                return True
             return task is not None and task.user_id == user_id and await self._remove(task)
 
         removed = sum(await asyncio.gather(*map(remove, places)))

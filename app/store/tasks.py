@@ -152,9 +152,12 @@ class TaskStore:
                 for lists in self._apart(task):
                     await self._gateway.evaluate("delist_tasks", _flat(lists), [task.place])
 
-    async def drop(self, task_id: str) -> bool:
-        """Remove what cannot be read as a task; False when nothing is there."""
-        return bool(await self._gateway.write("DEL", self._keys.task(task_id)))
+    async def drop(self, task_id: str) -> None:
+        """Remove what was found and cannot be read as a task.
+
+        Nothing tells whether this call did it: a DEL that is sent again finds nothing either.
+        """
+        await self._gateway.write("DEL", self._keys.task(task_id))
 
     async def list_newest(self, scope: Scope, *, after: str | None, limit: int) -> TaskPage:
         """Read a part of a list, from its newest task or `after` a place on.
