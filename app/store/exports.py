@@ -84,8 +84,7 @@ class ExportStore:
             # The queue lies in another slot. It comes first: a job for a session that was not
             # finalized after all is dropped, a session without a job would wait for ever.
             queue, queued_as = [], ""
-            revision = session.state.revision + 1
-            await self._jobs.add(session.session_id, revision, at_ms=at_ms)
+            await self._jobs.add(session.session_id, session.state.revision + 1)
         reply = await self._gateway.change(
             "finalize_session",
             keys,

@@ -8,9 +8,9 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from app.onboarding.jobs import Job
+from app.onboarding.jobs import UNCONFIRMED_MS, Job
 from app.store.faults import corrupt
-from app.store.gateway import Gateway
+from app.store.gateway import Argument, Gateway
 
 GROUP = "generators"
 """The consumer group that all generators share."""
@@ -24,12 +24,14 @@ class JobStore:
         self._key = gateway.keys.jobs
         self._looked_at = "0-0"
 
-    async def add(self, session_id: str, revision: int, *, at_ms: int) -> None:
-        """Add a job. For where the queue does not lie beside the session; else finalize adds it."""
-        # What is older than a session lives waits for nobody any more.
-        oldest = max(0, at_ms - self._gateway.lifetime_ms)
-        fields = ("session_id", session_id, "revision", revision)
-        await self._gateway.write("XADD", self._key, "MINID", "~", oldest, "*", *fields)
+    async def add(self, session_id: str, revision: int) -> None:
+        """Add a job, unless there is one since a moment ago.
+
+        For where the queue does not lie beside the session; else finalize adds it.
+        """
+        args: list[Argument] = [session_id, revision]
+        args += [UNCONFIRMED_MS // 2, self._gateway.lifetime_ms]
+        await self._gateway.evaluate("add_job", [self._key], args)
 
     async def take(self, worker: str, *, abandoned_ms: int, wait_ms: int) -> Job | None:
         """Take a job: one whose worker was not heard of for `abandoned_ms`, or else a new one.

@@ -396,7 +396,7 @@ async def test_a_job_whose_session_was_not_finalized_after_all_is_dropped_after_
 ) -> None:
     office = open_office(key_hash_tag="on")
     never, waiting = await office.begin(), await office.finalized()
-    await office.queue.add(never, 1, at_ms=time.time_ns() // 1_000_000)
+    await office.queue.add(never, 1)
     jobs = office.jobs(abandoned_s=GONE_S)
 
     async with Taker(jobs) as taker:

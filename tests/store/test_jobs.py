@@ -28,8 +28,6 @@ SOON_MS = 20
 
 NO_WAIT_MS = 1
 
-AT_MS = 1_767_268_800_000
-
 
 async def take(
     jobs: JobStore, worker: str = "w1", *, abandoned_ms: int = NEVER_MS, wait_ms: int = NO_WAIT_MS
@@ -68,7 +66,7 @@ def jobs(gateway: Gateway) -> JobStore:
 
 async def add(jobs: JobStore, *sessions: str) -> None:
     for session_id in sessions:
-        await jobs.add(session_id, 1, at_ms=AT_MS)
+        await jobs.add(session_id, 1)
 
 
 class TestFinalize:
@@ -154,6 +152,18 @@ class TestAJob:
         await add(jobs, "a")
         [seconds, _] = await gateway.command("TIME")
         assert abs((await take_any(jobs)).added_ms / 1000 - int(seconds)) < 5
+
+    async def test_that_is_added_twice_within_a_moment_is_one(
+        self, jobs: JobStore, gateway: Gateway
+    ) -> None:
+        await add(jobs, "a", "b", "a")
+        job = await take_any(jobs)
+        await add(jobs, "a")
+        await jobs.add("a", 2)
+        assert (job.session_id, await waiting(gateway)) == ("a", 3)
+        assert await jobs.finish("w1", job)
+        await add(jobs, "a")
+        assert await waiting(gateway) == 3
 
     async def test_goes_to_one_of_those_who_ask(self, gateway: Gateway) -> None:
         await add(JobStore(gateway), *(f"s{number}" for number in range(40)))

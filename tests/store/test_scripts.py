@@ -470,6 +470,9 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     read = ("XREADGROUP", "GROUP", "g", "worker", "COUNT", 1, "STREAMS", jobs, ">")
     await gateway.command(*read)
     [[job, *_]] = await gateway.command("XRANGE", jobs, "-", "+")
+    add: list[Argument] = ["another", 1, 1000, 600_000]
+    assert await session.call("add_job", [jobs], add) == "ok"
+    assert await session.call("add_job", [jobs], add) == "known"
     assert await session.call("keep_job", [jobs], ["g", "worker", job]) == "ok"
     assert await session.call("keep_job", [jobs], ["g", "another", job]) == "lost"
     assert await session.call("finish_job", [jobs], ["g", "another", job]) == "lost"
