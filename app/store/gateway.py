@@ -36,7 +36,6 @@ from tenacity.stop import stop_base
 from app.clock import monotonic_s
 from app.context import get_context
 from app.errors import (
-    IdempotencyInProgressError,
     IdempotencyMismatchError,
     StoreError,
 )
@@ -416,7 +415,7 @@ class _WhenSpent(stop_base):
 def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:
     """Take the first answer out of a replayed one and note that it is one.
 
-    Raises `IdempotencyMismatchError` and `IdempotencyInProgressError`.
+    Raises `IdempotencyMismatchError`.
     """
     if reply.word == "replayed":
         request.replayed = True
@@ -425,8 +424,6 @@ def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:
         raise IdempotencyMismatchError(
             "This Idempotency-Key was used with another request; take a new key for a new request"
         )
-    if reply.word == "in_progress":
-        raise IdempotencyInProgressError
     return reply
 
 

@@ -11,6 +11,7 @@ from app.errors import (
     BodyLostError,
     CorruptRecordError,
     GenerationRunningError,
+    IdempotencyInProgressError,
     InvalidStepIdError,
     InvalidTransitionError,
     NotFinalizedError,
@@ -114,14 +115,9 @@ class SessionStore:
     async def _make_once(self, new: NewSession, request: IdempotentRequest) -> Created | None:
         """Make a session of which an Idempotency-Key keeps the answer in another slot."""
         record = self._keys.creation(request.scope)
-        # A request that never comes back must not hold the key for long, one that runs must.
-        claim_ms = 2 * self._gateway.deadline_ms
-        claim = await self._gateway.evaluate(
-            "claim_key", [record], [request.fingerprint, new.session_id, claim_ms]
-        )
-        reply = unwrap_replay(claim, request)
+        created = await self._claim(record, new.session_id, request)
         if request.replayed:
-            return _created(reply)
+            return created
         try:
             created = await self._make_with_room(new, record)
         except SessionCapacityError:
@@ -129,12 +125,49 @@ class SessionStore:
             await self._gateway.command("DEL", record)
             raise
         if created is not None:
-            deadline_ms = created.state.deadline_ms
-            answer = ["ok", new.session_id, new.at_ms, deadline_ms, new.catalogue.total]
-            kept_ms = min(IDEMPOTENCY_MS, self._gateway.lifetime_ms)
-            text = request.fingerprint.encode() + orjson.dumps([str(part) for part in answer])
-            await self._gateway.write("SET", record, text, "PX", kept_ms)
+            await self._keep_answer(record, request, created)
         return created
+
+    async def _claim(
+        self, record: str, session_id: str, request: IdempotentRequest
+    ) -> Created | None:
+        """Claim an Idempotency-Key for a session that is about to be made.
+
+        Gives the session that another request has made under it, if one has. That request may have
+        ended before it could keep its answer: then its session is there all the same.
+        """
+        # A request that never comes back must not hold the key for long, one that runs must.
+        claim_ms = 2 * self._gateway.deadline_ms
+        kept_ms = min(IDEMPOTENCY_MS, self._gateway.lifetime_ms)
+        abandoned = ""
+        while True:
+            reply = await self._gateway.evaluate(
+                "claim_key",
+                [record],
+                [request.fingerprint, session_id, claim_ms, kept_ms, abandoned],
+            )
+            if reply.word != "claimed":
+                reply = unwrap_replay(reply, request)
+                return _created(reply) if request.replayed else None
+            claimed, is_over = (value.decode() for value in reply.values)
+            with suppress(SessionNotFoundError):
+                session, _ = await self.get_with(claimed, [], is_promise=True)
+                request.replayed = True
+                state = session.state
+                made = _new_state(state.created_ms, state.deadline_ms, len(state.saved))
+                created = Created(claimed, made, [])
+                await self._keep_answer(record, request, created)
+                return created
+            if not is_over:
+                raise IdempotencyInProgressError
+            abandoned = claimed
+
+    async def _keep_answer(self, record: str, request: IdempotentRequest, created: Created) -> None:
+        state = created.state
+        answer = ["ok", created.session_id, state.created_ms, state.deadline_ms, len(state.saved)]
+        kept_ms = min(IDEMPOTENCY_MS, self._gateway.lifetime_ms)
+        text = request.fingerprint.encode() + orjson.dumps([str(part) for part in answer])
+        await self._gateway.write("SET", record, text, "PX", kept_ms)
 
     async def _make_with_room(self, new: NewSession, record: str | None = None) -> Created | None:
         """Make a session for which room is reserved in an index that lies in another slot."""
@@ -471,17 +504,21 @@ def read_owner(keys: SessionKeys, metadata: Mapping[bytes, bytes]) -> Owner:
 
 def _created(reply: Reply) -> Created:
     session_id, at_ms, deadline_ms, steps = reply.values[:4]
-    state = State(
+    state = _new_state(int(at_ms), int(deadline_ms), int(steps))
+    return Created(session_id.decode(), state, [each.decode() for each in reply.values[4:]])
+
+
+def _new_state(created_ms: int, deadline_ms: int, steps: int) -> State:
+    return State(
         status="pending",
-        saved="0" * int(steps),
+        saved="0" * steps,
         highest=0,
-        created_ms=int(at_ms),
-        updated_ms=int(at_ms),
-        deadline_ms=int(deadline_ms),
+        created_ms=created_ms,
+        updated_ms=created_ms,
+        deadline_ms=deadline_ms,
         finalized_ms=None,
         revision=0,
     )
-    return Created(session_id.decode(), state, [each.decode() for each in reply.values[4:]])
 
 
 def _arguments(terms: Terms) -> list[str | int]:

@@ -24,6 +24,7 @@ from tests.api.helpers import (
     SAVE,
     Call,
     answer_of,
+    ask,
     dump,
     problem_of,
     save,
@@ -468,3 +469,42 @@ async def test_tagged_writes_are_repeated_too(tagged: AsyncClient) -> None:
         check_first(first)
         if call is not PUT_DRAFT:
             check_replay(await call.send(tagged, session_id, idempotency_key="k1"), first)
+
+
+async def test_a_session_is_found_whose_maker_could_not_keep_its_answer(
+    tagged: AsyncClient, raw: Redis
+) -> None:
+    first = await CREATE.send(tagged, idempotency_key="k1")
+    [record] = await ask(raw, "KEYS", "onboarding:idem:*")
+    for until_ms in (FAR_MS, 1):
+        await raw.set(record, await claimed(raw, record, first.json()["session_id"], until_ms))
+
+        check_replay(await CREATE.send(tagged, idempotency_key="k1"), first)
+
+        assert b'["ok"' in await ask(raw, "GET", record)
+
+
+async def test_a_claim_that_came_to_nothing_is_taken_over_when_its_time_is_over(
+    tagged: AsyncClient, raw: Redis
+) -> None:
+    first = answer_of(await CREATE.send(tagged, idempotency_key="k1"), 201)["session_id"]
+    answer_of(await DELETE_SESSION.send(tagged, first))
+    answer_of(await CREATE.send(tagged, idempotency_key="k1"), 201)
+    [record] = await ask(raw, "KEYS", "onboarding:idem:*")
+
+    await raw.set(record, await claimed(raw, record, first, FAR_MS))
+    problem_of(await CREATE.send(tagged, idempotency_key="k1"), "idempotency_in_progress")
+
+    await raw.set(record, await claimed(raw, record, first, 1))
+    check_first(await CREATE.send(tagged, idempotency_key="k1"), 201)
+    assert 0 < await raw.pttl(record) <= DAY_MS
+
+
+FAR_MS = 9_999_999_999_999
+
+
+async def claimed(raw: Redis, record: bytes, session_id: str, until_ms: int) -> bytes:
+    """Write a claim of the key that a record is about."""
+    kept: bytes = await ask(raw, "GET", record)
+    claim = f'["claim","{session_id}","{until_ms}"]'
+    return kept[: kept.index(b"[")] + claim.encode()

@@ -498,17 +498,19 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     recalled = await session.call("recall_answer", [record], [other.fingerprint])
     assert recalled == "idempotency_mismatch"
     claim, claimed = gateway.keys.creation(first.scope), (first.fingerprint, other.fingerprint)
-    assert await session.call("claim_key", [claim], [claimed[0], "a", 9_000]) == "ok"
-    assert await session.call("claim_key", [claim], [claimed[0], "a", 9_000]) == "ok"
-    assert await session.call("claim_key", [claim], [claimed[0], "b", 9_000]) == "in_progress"
-    assert (
-        await session.call("claim_key", [claim], [claimed[1], "b", 9_000]) == "idempotency_mismatch"
-    )
+    one: list[Argument] = [claimed[0], "a", 9_000, 90_000, ""]
+    two: list[Argument] = [claimed[0], "b", *one[2:]]
+    assert await session.call("claim_key", [claim], one) == "ok"
+    assert await session.call("claim_key", [claim], one) == "ok"
+    assert await session.call("claim_key", [claim], two) == "claimed"
+    assert await session.call("claim_key", [claim], [*two[:4], "a"]) == "claimed"
+    other_body: list[Argument] = [claimed[1], *two[1:]]
+    assert await session.call("claim_key", [claim], other_body) == "idempotency_mismatch"
     await gateway.command("SET", claim, claimed[0] + '["ok","a"]', "KEEPTTL")
-    assert await session.call("claim_key", [claim], [claimed[0], "b", 9_000]) == "replayed"
+    assert await session.call("claim_key", [claim], two) == "replayed"
     for key in (claim, record):
         await gateway.command("SET", key, "of somebody else", "KEEPTTL")
-    assert await session.call("claim_key", [claim], [claimed[0], "b", 9_000]) == "damaged"
+    assert await session.call("claim_key", [claim], two) == "damaged"
     assert await session.call("recall_answer", [record], [first.fingerprint]) == "damaged"
     assert await session.change("raise_progress", args=mark, request=first) == "damaged"
 
