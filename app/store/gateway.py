@@ -230,9 +230,12 @@ class Gateway:
             vouch = Vouch.WRITTEN if attempt == 1 and request is None else Vouch.SEEN
             return self._run(script, all_keys, [operation, attempt, *head, *args], vouch)
 
-        reply = _reply(await self._deliver(name, all_keys, send))
-        if self._follower is not None:
-            self._follower.note(session.session_id)
+        try:
+            reply = _reply(await self._deliver(name, all_keys, send))
+        finally:
+            # What got no answer may have been done all the same.
+            if self._follower is not None:
+                self._follower.note(session.session_id)
         return reply if request is None else unwrap_replay(reply, request)
 
     async def recall(self, session: SessionKeys, request: IdempotentRequest) -> Reply | None:

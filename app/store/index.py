@@ -7,7 +7,8 @@ missed.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -100,6 +101,16 @@ class SessionIndex:
 
         One that is not there may be about to be made, unless its time `is_over`.
         """
+        if not await self.move(session_id):
+            at_ms = now_ms()
+            reserved_since = "" if is_over else at_ms - RESERVED_MS
+            await self._unplace(session_id, DeleteReason.LIFETIME, at_ms, reserved_since)
+
+    async def move(self, session_id: str) -> bool:
+        """Put a session where it belongs now; False when it is gone.
+
+        Whoever removed it says so, and why: it is left to them, and at last to the sweeper.
+        """
         keys = self._keys.session(session_id)
         for _ in range(TRIES):
             entry = await self._gateway.command("HGET", self._entries, session_id)
@@ -108,17 +119,15 @@ class SessionIndex:
             known = fed if self._keys.hash_tag else b"+"
             facts = await self._gateway.evaluate("read_facts", keys[:3], [known])
             if facts.word == "not_found":
-                at_ms = now_ms()
-                reserved_since = "" if is_over else at_ms - RESERVED_MS
-                await self._unplace(session_id, DeleteReason.LIFETIME, at_ms, reserved_since)
-                return
+                return False
             placed = await self._gateway.evaluate(
                 "place_session",
                 [self._entries],
                 [session_id, fed if entry else "", *facts.values],
             )
             if placed.word == "ok":
-                return
+                break
+        return True
 
     async def reclaim(self) -> None:
         """Take every session out whose lifetime is over."""
@@ -202,17 +211,22 @@ class SessionIndex:
 
     async def follow_all(self, session_ids: Sequence[str], *, is_over: bool = False) -> None:
         """Follow several; what fails is logged, and left to the sweeper."""
-        for start in range(0, len(session_ids), AT_ONCE):
-            await asyncio.gather(
-                *(
-                    self._try_to_follow(each, is_over)
-                    for each in session_ids[start : start + AT_ONCE]
-                )
-            )
+        await self._try_all(partial(self.follow, is_over=is_over), session_ids)
 
-    async def _try_to_follow(self, session_id: str, is_over: bool) -> None:
+    async def move_all(self, session_ids: Sequence[str]) -> None:
+        """Move several; what fails is logged, and left to the sweeper."""
+        await self._try_all(self.move, session_ids)
+
+    async def _try_all(
+        self, do: Callable[[str], Awaitable[object]], session_ids: Sequence[str]
+    ) -> None:
+        for start in range(0, len(session_ids), AT_ONCE):
+            names = session_ids[start : start + AT_ONCE]
+            await asyncio.gather(*(self._try(do, each) for each in names))
+
+    async def _try(self, do: Callable[[str], Awaitable[object]], session_id: str) -> None:
         try:
-            await self.follow(session_id, is_over=is_over)
+            await do(session_id)
         except OnboardingError as failure:
             # The sweeper comes by again.
             log.warning("index_not_followed", session_id=session_id, code=failure.code)
@@ -260,4 +274,4 @@ class IndexFollower:
         await self._follow(changed)
 
     async def _follow(self, changed: set[str]) -> None:
-        await self._index.follow_all(sorted(changed))
+        await self._index.move_all(sorted(changed))

@@ -374,7 +374,7 @@ class SessionStore:
                 # What happened since the index followed last goes with the session. One that was
                 # evicted is out of the index, where following would put it back.
                 with suppress(OnboardingError):
-                    await self._index.follow(session_id)
+                    await self._index.move(session_id)
         only = _arguments(Terms() if terms is None else terms)
         reply = await self._gateway.remove(
             "delete_session", keys[:4], [steps, at_ms, reason.event, reason, *only]

@@ -7,7 +7,7 @@ import ssl
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from enum import Enum, auto
 from types import TracebackType
@@ -29,6 +29,9 @@ class Loss(Enum):
 
     SWALLOWED = auto()
     """Nothing arrives, the connection stays open and in step."""
+
+    SILENCE = auto()
+    """Nothing arrives, nor anything after it; the connection stays open."""
 
     RESET = auto()
     """The connection breaks instead."""
@@ -70,9 +73,14 @@ class Held:
         await self._answered.wait()
 
 
+Choose = Callable[[bytes], Loss | None]
+"""Says of a command, as it was sent, how its reply is lost; None for one that arrives."""
+
+
 class _Asked(NamedTuple):
     name: str
     held: Held | None
+    loss: Loss | None
 
 
 class Proxy:
@@ -100,6 +108,7 @@ class Proxy:
         self._lost_share = 0.0
         self._longest_delay_s = 0.0
         self._random = random.Random()
+        self._choose: Choose = lambda _: None
         self.lost: Counter[Loss] = Counter()
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -143,6 +152,10 @@ class Proxy:
         held = Held(part)
         self._to_hold.append(held)
         return held
+
+    def lose(self, choose: Choose) -> None:
+        """Ask of every command, as it arrives here, how its reply is lost."""
+        self._choose = choose
 
     def hold(self) -> None:
         """Keep back everything in both directions, connections open, until `release()`."""
@@ -230,7 +243,7 @@ class Proxy:
                     times.append(time.monotonic())
             held = self._find_held(frame)
             if not name.endswith("SUBSCRIBE"):  # answered by push messages, not by a reply
-                asked.append(_Asked(name, held))
+                asked.append(_Asked(name, held, self._choose(frame)))
             if held is not None:
                 await held.pass_on(frame, writer)
                 continue
@@ -241,14 +254,17 @@ class Proxy:
     async def _pump_replies(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[_Asked]
     ) -> None:
+        lost = None
+        silent = False
         async for frame in _frames(reader):
             loss = None
             if frame[:1] != b">":
-                name, held = asked.popleft() if asked else _Asked("", None)
+                name, held, chosen = asked.popleft() if asked else _Asked("", None, None)
                 if held is not None:
                     held.answer(frame)
-                loss = self._loss_for(name)
-            if loss is Loss.SWALLOWED:
+                loss = self._loss_for(name, chosen)
+            silent = silent or loss is Loss.SILENCE
+            if silent or loss is Loss.SWALLOWED:
                 continue
             await self._take_time()
             if loss is Loss.RESET:
@@ -272,11 +288,11 @@ class Proxy:
                 return held
         return None
 
-    def _loss_for(self, name: str) -> Loss | None:
-        loss = None
-        if self._to_lose and self._to_lose[0][0] in (None, name):
+    def _loss_for(self, name: str, chosen: Loss | None) -> Loss | None:
+        loss = chosen
+        if loss is None and self._to_lose and self._to_lose[0][0] in (None, name):
             _, loss = self._to_lose.popleft()
-        elif name not in OPENING and self._random.random() < self._lost_share:
+        elif loss is None and name not in OPENING and self._random.random() < self._lost_share:
             loss = self._random.choice(list(Loss))
         if loss is not None:
             self.lost[loss] += 1

@@ -202,3 +202,18 @@ async def test_what_has_outlived_its_lifetime_is_told_once(
         await manager.retention.sweep()
     told = await FeedStore(manager.gateway).list_after(BEFORE_ALL)
     assert [each.event["type"] for each in told[0]] == ["session_created", "expired"]
+
+
+@pytest.mark.parametrize("manager", ["on"], indirect=True)
+async def test_a_delete_that_was_half_done_is_told_as_a_delete_when_it_is_asked_for_again(
+    manager: TryoutManager, raw: Redis
+) -> None:
+    session_id = await manager.create_session()
+    await manager.gateway.aclose()
+    prefix = manager.gateway.keys.session(session_id).prefix
+    await raw.delete(*await raw.keys(f"{prefix}*"))
+    with pytest.raises(SessionNotFoundError):
+        await manager.delete_session(session_id)
+    told = await FeedStore(manager.gateway).list_after(BEFORE_ALL)
+    assert [each.event["type"] for each in told[0]] == ["session_created", "deleted"]
+    assert await listed(manager) == []

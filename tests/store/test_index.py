@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from app.clock import now_ms
-from app.errors import InvalidTransitionError, OnboardingError
+from app.errors import InvalidTransitionError, OnboardingError, StoreUnavailableError
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.cursors import place_of
 from app.onboarding.generation import ProgressEvent
@@ -36,11 +36,13 @@ from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.index import SessionIndex
 from app.store.retention import RetentionStore
+from app.store.scripts import load_script
 from app.store.stats import StatsStore
 from tests.conftest import NOON_S, QUICKLY, fake_gateway
+from tests.faults.proxy import Loss, Proxy
 from tests.faults.servers import Valkey
 from tests.store.conftest import MakePlace
-from tests.store.sessions import Place
+from tests.store.sessions import Place, prepare, working_at
 
 LIFETIME_S = 7200
 
@@ -707,3 +709,17 @@ async def test_room_that_was_reserved_for_nothing_is_free_again_after_a_minute(
     clock.shift(61)
     await retention.repair("0")
     assert (await read_index(gateway)).named == set()
+
+
+async def test_the_index_follows_a_write_of_which_nobody_was_told(proxy: Proxy) -> None:
+    url, saving = f"redis://{proxy.host}:{proxy.port}/0", load_script("save_steps").sha.encode()
+    async with working_at(url, key_hash_tag="on", retry_attempts=1) as place:
+        session_id = await prepare(place.manager)
+        # What has changed so far is followed now.
+        await place.gateway.aclose()
+        proxy.lose(lambda command: Loss.RESET if saving in command else None)
+        with pytest.raises(StoreUnavailableError):
+            await place.manager.save_step(session_id, 9, {"a": 9})
+        await place.gateway.aclose()
+        funnel = place.gateway.keys.index(f"funnel:{CATALOGUE.pin}")
+        assert await place.gateway.command("HGET", funnel, "saved:9") == b"1"
