@@ -7,7 +7,7 @@ ASK and TRYAGAIN, where the node that answers so has refused the command.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any, cast
 
@@ -22,7 +22,9 @@ from redis.asyncio import (
     UnixDomainSocketConnection,
 )
 from redis.asyncio.cluster import ClusterNode, PipelineCommand
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import NoBackoff
 from redis.cluster import PRIMARY
 from redis.exceptions import ConnectionError as LostConnectionError
@@ -82,10 +84,10 @@ def make_client(
     if address.mode == "sentinel":
         return Redis.from_pool(_sentinel_pool(address, common, data, max_connections))
     if address.unix_socket is not None:
-        data |= {"connection_class": UnixDomainSocketConnection, "path": address.unix_socket}
+        data |= {"connection_class": _UnixConnection, "path": address.unix_socket}
     else:
         host, port = address.nodes[0]
-        kind = SSLConnection if address.tls else Connection
+        kind = _TlsConnection if address.tls else _TcpConnection
         data |= {"connection_class": kind, "host": host, "port": port}
     return Redis.from_pool(BlockingConnectionPool(**data))
 
@@ -179,9 +181,68 @@ def _sentinel_pool(
             **common,
         },
     )
+    for each in sentinels.sentinels:
+        # A client that is made by host and port takes no class for its connections.
+        each.connection_pool.connection_class = _TlsConnection if address.tls else _TcpConnection
+    kind = _SentinelTlsConnection if address.tls else _SentinelConnection
     return _WaitingSentinelPool(  # type: ignore[no-untyped-call]
-        address.service, sentinels, ssl=address.tls, **data
+        address.service, sentinels, connection_class=kind, **data
     )
+
+
+class _Steady(AbstractConnection):
+    """A connection on which no cancellation is lost.
+
+    redis-py sends through asyncio.wait_for, which before Python 3.12 takes no notice of a
+    cancellation that comes as it is done: the reply was then waited for as though nobody had given
+    it up.
+    """
+
+    async def send_packed_command(
+        self, command: bytes | str | Iterable[bytes], check_health: bool = True
+    ) -> None:
+        """Send what was packed, as redis-py does. Raises what redis-py raises."""
+        if not self.is_connected:
+            await self.connect_check_health(check_health=False)
+        if check_health:
+            await self.check_health()  # type: ignore[no-untyped-call]
+        writer: Any = self._writer
+        try:
+            async with asyncio.timeout(self.socket_timeout):
+                if isinstance(command, str):
+                    command = command.encode()
+                writer.writelines([command] if isinstance(command, bytes) else command)
+                await writer.drain()
+        except TimeoutError:
+            await self.disconnect(nowait=True)
+            raise StoreTimeoutError("Timeout writing to socket") from None
+        except OSError as failure:
+            await self.disconnect(nowait=True)
+            raise LostConnectionError("The connection was lost while writing") from failure
+        except BaseException:
+            # What was written by half must not be followed by anything.
+            await self.disconnect(nowait=True)
+            raise
+
+
+class _TcpConnection(_Steady, Connection):
+    pass
+
+
+class _TlsConnection(_Steady, SSLConnection):
+    pass
+
+
+class _UnixConnection(_Steady, UnixDomainSocketConnection):
+    pass
+
+
+class _SentinelConnection(_Steady, SentinelManagedConnection):
+    pass
+
+
+class _SentinelTlsConnection(_Steady, SentinelManagedSSLConnection):
+    pass
 
 
 class _WaitingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
@@ -212,6 +273,14 @@ class _Cluster(RedisCluster):
     idle longest: with an even number of idle ones they never meet, and all 16 tries fail. To a
     node that it does not know yet it cannot send at all.
     """
+
+    def __init__(self, *, ssl: bool, **kwargs: Any) -> None:
+        super().__init__(ssl=ssl, **kwargs)
+        # It takes no class for its connections; nodes that it finds get these arguments too.
+        kind = _TlsConnection if ssl else _TcpConnection
+        self.connection_kwargs["connection_class"] = kind
+        for node in self.startup_nodes:
+            node.connection_class = kind
 
     def get_node(
         self, host: str | None = None, port: int | None = None, node_name: str | None = None

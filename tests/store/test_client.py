@@ -407,6 +407,40 @@ class TestNoConnectionIsFree:
         await waiting
 
 
+class TestACancellationIsHeardWheneverItComes:
+    async def test_standalone(self, server: Valkey) -> None:
+        await self.assert_heard(server.url)
+
+    async def test_unix(self, server: Valkey) -> None:
+        await self.assert_heard(unix_address(str(server.directory / "a b.sock")))
+
+    async def test_tls(self, server: Valkey, certificate: Path) -> None:
+        async with tls_proxy(certificate, server) as proxy:
+            url = f"rediss://localhost:{proxy.port}/0?ssl_ca_certs={quote(str(certificate))}"
+            await self.assert_heard(url)
+
+    @sets
+    async def test_sentinel(self, sentinels: SentinelSet) -> None:
+        await self.assert_heard(sentinels.url)
+
+    @sets
+    async def test_cluster(self, cluster: ClusterSet) -> None:
+        await self.assert_heard(cluster.url)
+
+    async def assert_heard(self, address: StoreAddress | str) -> None:
+        at_once = 12
+        async with client_of(address, max_connections=at_once) as client:
+            await asyncio.gather(*(client.get("{t}") for _ in range(at_once)))
+            for turns in range(at_once):
+                # Nothing comes for longer than anybody waits here.
+                asking = asyncio.create_task(client.execute_command("BLPOP", "{t}:none", 4))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                asking.cancel()
+                await asyncio.wait([asking], timeout=2)
+                assert asking.cancelled(), turns
+
+
 class TestWhatAFailureLooksLike:
     """The classes that `app/store/faults.py` tells apart."""
 
