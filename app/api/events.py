@@ -62,7 +62,7 @@ class EventStream:
             await outlet.write(b"", more=False)
         finally:
             leaving.cancel()
-            await self._follower.aclose()
+            self._follower.close()
 
     async def _stream(self, outlet: Outlet) -> None:
         follower = self._follower

@@ -130,11 +130,11 @@ class EventService:
             await self._subscription.add(follower.channel, follower.hear)
             await follower.begin(last_event_id)
         except BaseException:
-            await self.release(follower)
+            self.release(follower)
             raise
         return follower
 
-    async def release(self, follower: "Follower") -> None:
+    def release(self, follower: "Follower") -> None:
         """Let a follower go."""
         if follower not in self._followers:
             return
@@ -142,7 +142,7 @@ class EventService:
         self._per_session[follower.session_id] -= 1
         if not self._per_session[follower.session_id]:
             del self._per_session[follower.session_id]
-        await self._subscription.remove(follower.channel, follower.hear)
+        self._subscription.remove(follower.channel, follower.hear)
 
     @property
     def followers(self) -> int:
@@ -252,10 +252,10 @@ class Follower:
         self.is_over = True
         self._woken.set()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Follow no more."""
         self.is_over = True
-        await self._service.release(self)
+        self._service.release(self)
 
     async def _read_on(self) -> list[Message]:
         events, extent = await self._service.read_after(self.session_id, self._place)

@@ -1,5 +1,6 @@
 """Large bodies of a session, in and out as they come: never held whole, shown whole or not."""
 
+import asyncio
 import hashlib
 import os
 import uuid
@@ -32,6 +33,7 @@ from app.onboarding.sessions import Owner, check_session_id
 from app.services.manager import OnboardingSessionManager
 from app.services.tokens import FirstToken
 from app.settings import Settings
+from app.store.client import end_task
 from app.store.connect import connect_bulk
 from app.store.files import Body, FileStore
 from app.store.gateway import Gateway
@@ -94,6 +96,7 @@ class FileService:
         self._files = FileStore(gateway, bulk)
         self._manager = manager
         self._limits = limits
+        self._dropping: set[asyncio.Task[None]] = set()
 
     async def begin_session(
         self,
@@ -176,6 +179,9 @@ class FileService:
 
     async def aclose(self) -> None:
         """Close the connections of this event loop that the parts take."""
+        loop = asyncio.get_running_loop()
+        for task in [each for each in self._dropping if each.get_loop() is loop]:
+            await end_task(task)
         await self._files.aclose()
 
     async def _keep(
@@ -210,7 +216,7 @@ class FileService:
             if waiting:
                 await save_next()
         except BaseException:
-            await self._drop(session_id, kind, transfer, parts)
+            self._drop_soon(session_id, kind, transfer, parts)
             raise
         return FileInfo(
             transfer=transfer,
@@ -222,6 +228,12 @@ class FileService:
             is_document=False,
             stored_ms=now_ms(),
         )
+
+    def _drop_soon(self, session_id: str, kind: FileKind, transfer: str, parts: int) -> None:
+        """Remove such parts beside the request: when its time is over, nobody waits for that."""
+        task = asyncio.create_task(self._drop(session_id, kind, transfer, parts), name="drop")
+        self._dropping.add(task)
+        task.add_done_callback(self._dropping.discard)
 
     async def _drop(self, session_id: str, kind: FileKind, transfer: str, parts: int) -> None:
         """Remove parts that nobody will show; where that fails, their time is limited."""

@@ -56,6 +56,7 @@ class Subscription:
         self._pubsub: Any = None
         self._sending = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self._closing = False
 
     @property
@@ -79,24 +80,28 @@ class Subscription:
                     await self._send(name, wanted=True)
                 await channel.confirmed.wait()
         except BaseException as failure:
-            await self.remove(name, listener)
+            self.remove(name, listener)
             if isinstance(failure, TimeoutError):
                 raise StoreUnavailableError from None
             raise
 
-    async def remove(self, name: str, listener: Listener) -> None:
-        """Listen no more."""
+    def remove(self, name: str, listener: Listener) -> None:
+        """Listen no more. The store is told beside whoever asks, which may be waited for."""
         channel = self._channels.get(name)
         if channel is None:
             return
         channel.listeners.discard(listener)
         if not channel.listeners:
             del self._channels[name]
-            await self._send(name, wanted=False)
+            telling = asyncio.create_task(self._send(name, wanted=False), name="unsubscribe")
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
 
     async def aclose(self) -> None:
         """Close the connection."""
         self._closing = True
+        for telling in list(self._telling):
+            await end_task(telling)
         if self._reader is not None:
             await end_task(self._reader)
 

@@ -103,8 +103,8 @@ class TestAListener:
         await until(lambda: bool(ear.told and other.told))
         assert (ear.told, other.told) == ([b"for a"], [b"for b"])
 
-        await subscription.remove("a", ear)
-        await subscription.remove("a", ear)
+        subscription.remove("a", ear)
+        subscription.remove("a", ear)
         await raw.publish("a", "late")
         await raw.publish("b", "later")
         await until(lambda: len(other.told) == 2)
@@ -119,7 +119,7 @@ class TestAListener:
         await raw.publish("a", "one")
         await until(lambda: all(ear.told for ear in ears))
         for ear in ears[1:]:
-            await subscription.remove("a", ear)
+            subscription.remove("a", ear)
         await raw.publish("a", "two")
         await until(lambda: len(ears[0].told) == 2)
         assert [ear.told for ear in ears[1:]] == [[b"one"]] * 19
@@ -159,17 +159,17 @@ class TestAListener:
                 await subscription.add("a", ear)
                 if chance.random() < 0.5:
                     await asyncio.sleep(0)
-                await subscription.remove("a", ear)
+                subscription.remove("a", ear)
 
         await asyncio.gather(*(come_and_go(seed) for seed in range(10)))
         await subscription.add("a", stays)
         await subscription.add("b", goes)
-        await subscription.remove("b", goes)
+        subscription.remove("b", goes)
         await raw.publish("a", "x")
         await until(lambda: stays.told == [b"x"])
         await until(lambda: listeners(valkey, "b") == 0)
         assert listeners(valkey, "a") == 1
-        await subscription.remove("a", stays)
+        subscription.remove("a", stays)
         await until(lambda: listeners(valkey, "a") == 0)
 
 
@@ -218,7 +218,7 @@ class TestTheConnection:
     ) -> None:
         ear = Ear()
         await subscription.add("a", ear)
-        await subscription.remove("a", ear)
+        subscription.remove("a", ear)
         valkey.command("CLIENT", "KILL", "TYPE", "pubsub")
         await subscription.add("a", ear)
         await raw.publish("a", "x")
@@ -330,7 +330,7 @@ class TestAListenerThatCannotBeAdded:
                 server.thaw()
             monkeypatch.setattr(module, "CONFIRMED_WITHIN_S", 10)
             await subscription.add("b", late)
-            assert listeners(server, "a") == 0
+            await until(lambda: listeners(server, "a") == 0)
             await subscription.add("a", ear)
             ear.heard.clear()
             server.command("PUBLISH", "a", "x")
