@@ -19,17 +19,27 @@ if (type(changes) == 'string' and changes or '') ~= ARGV[4] then
   return {'changed'}
 end
 
+-- Both hashes are written beside the old ones first: a full store refuses that before anything is
+-- removed.
 local prefix = string.sub(KEYS[2], 1, -#'progress' - 1)
 local at = 5 + tonumber(ARGV[5])
+local last_event = at + 1 + tonumber(ARGV[at + 1])
+local last = last_event + 1 + tonumber(ARGV[last_event + 1])
+local deadline = whole(store_time_ms() + tonumber(ARGV[2]))
+local progress, metadata = prefix .. 'mended:progress', prefix .. 'mended:metadata'
+redis.call('HSET', progress, unpack(ARGV, last_event + 2, last))
+redis.call('HSET', progress, 'mended_by', ARGV[1], 'updated_at', ARGV[3], 'deadline', deadline,
+  'changes', whole((string.find(ARGV[4], '^%d+$') and #ARGV[4] < 16 and tonumber(ARGV[4]) or 0) + 1))
+redis.call('HSET', metadata, unpack(ARGV, last + 1))
+redis.call('PEXPIREAT', progress, deadline)
+redis.call('PEXPIREAT', metadata, deadline)
+
 for i = 6, at do
   for _, part in ipairs(parts_of(prefix .. ARGV[i])) do
     redis.call('DEL', part)
   end
   redis.call('DEL', ARGV[i] == 'tokens' and tokens_of(prefix) or prefix .. ARGV[i])
 end
-redis.call('DEL', KEYS[1], KEYS[2])
-
-local last_event = at + 1 + tonumber(ARGV[at + 1])
 for i = at + 2, last_event do
   redis.call('XDEL', KEYS[3], ARGV[i])
 end
@@ -48,12 +58,6 @@ for i = 1, memory.err and 0 or #memory, 2 do
   end
 end
 
-local deadline = whole(store_time_ms() + tonumber(ARGV[2]))
-local last = last_event + 1 + tonumber(ARGV[last_event + 1])
-redis.call('HSET', KEYS[2], unpack(ARGV, last_event + 2, last))
-redis.call('HSET', KEYS[2], 'mended_by', ARGV[1], 'updated_at', ARGV[3], 'deadline', deadline,
-  'changes', whole((string.find(ARGV[4], '^%d+$') and #ARGV[4] < 16 and tonumber(ARGV[4]) or 0) + 1))
-redis.call('HSET', KEYS[1], unpack(ARGV, last + 1))
-redis.call('PEXPIREAT', KEYS[1], deadline)
-redis.call('PEXPIREAT', KEYS[2], deadline)
+redis.call('RENAME', metadata, KEYS[1])
+redis.call('RENAME', progress, KEYS[2])
 return {'ok'}
