@@ -18,6 +18,8 @@ from app.errors import (
     OnboardingError,
     SessionConflictError,
     SessionNotFoundError,
+    StoreFullError,
+    StoreReadonlyError,
     StoreUnavailableError,
 )
 from app.onboarding.catalogue import Catalogue
@@ -93,7 +95,8 @@ TO_ANSWER_S = 3.0
 SWEPT_WITHIN_S = 1.0
 """How long a change of the limit waits for the sweep that it causes, in seconds."""
 
-_AWAY = {StoreUnavailableError.code}
+_OUTAGES = (StoreUnavailableError, StoreFullError, StoreReadonlyError)
+"""What no session of a bulk change is at fault for."""
 
 
 class RetentionService:
@@ -203,8 +206,10 @@ class RetentionService:
         # Named twice, changed once.
         names = list(dict.fromkeys(session_ids))
         failed = [each for each in await asyncio.gather(*map(change, names)) if each is not None]
-        if len(failed) == len(names) and {each["code"] for each in failed} == _AWAY:
-            raise StoreUnavailableError
+        codes = {each["code"] for each in failed}
+        for outage in _OUTAGES:
+            if len(failed) == len(names) and codes == {outage.code}:
+                raise outage
         log.info("sessions_updated", updated=len(names) - len(failed), failed=len(failed))
         return BulkView(updated=len(names) - len(failed), failed=failed)
 
