@@ -33,7 +33,6 @@ from tests.api.helpers import (
     types_of,
     unknown_id,
 )
-from tests.faults.servers import HOST, free_ports
 from tests.service import BASE
 from tests.store.test_stats import load_sessions
 
@@ -142,17 +141,6 @@ async def test_head_answers_as_get_does_without_a_body(api: AsyncClient, path: s
     assert response.status_code == 200
     assert response.content == b""
     assert response.headers["content-type"] == "application/json"
-
-
-async def test_no_call_answers_anything_else_while_the_store_is_away(serve: Serve) -> None:
-    [port] = free_ports(1)
-    api = await serve(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1, redis_timeout_s=0.2)
-    for path, (method, body) in {**CALLS, "/config ": ("PATCH", {"max_sessions": 1})}.items():
-        sent = {"json": body} if body else {}
-        response = await api.request(method, ADMIN + path.strip(), **sent)
-        assert response.status_code == 503, path
-        assert response.json()["code"] == "store_unavailable"
-        assert int(response.headers["retry-after"]) > 0
 
 
 # --- GET /sessions --------------------------------------------------------------------------------

@@ -464,13 +464,11 @@ async def test_a_look_without_a_body_is_the_same(api: AsyncClient) -> None:
     assert (await api.head(task_path("unknown"))).status_code == 404
 
 
-async def test_without_a_store_every_call_says_so(serve: Callable[..., Any]) -> None:
+async def test_of_a_task_that_is_not_tracked_the_store_is_not_told(
+    serve: Callable[..., Any],
+) -> None:
     [port] = free_ports(1)
     api = await serve(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1)
-    for method, path, body in CALLS:
-        refused = await api.request(method, TASKS + path, json=body)
-        assert str(port) not in problem_of(refused, "store_unavailable")["detail"]
-        assert int(refused.headers["retry-after"]) > 0
     untracked = await api.post(f"{TASKS}/task", json={"task_type": "scraping", "short_id": "s1"})
     assert answer_of(untracked)["tracked"] is False
 

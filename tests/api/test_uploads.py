@@ -35,8 +35,6 @@ from tests.api.test_results import (
     in_pieces,
     name_in,
 )
-from tests.faults.proxy import Proxy
-from tests.faults.servers import Valkey
 from tests.service import BASE
 
 UPLOAD = "/api/upload"
@@ -513,21 +511,6 @@ async def test_an_upload_that_stalls_is_given_up_and_leaves_nothing(
 
     problem_of(response, "deadline_exceeded")
     await until_parts(raw, 0)
-
-
-async def test_an_upload_whose_replies_are_lost_makes_one_session(
-    serve: Callable[..., Any], raw: Redis, valkey: Valkey
-) -> None:
-    content = b"x" * (2 * PART_BYTES + 1)
-    async with Proxy(valkey.port) as proxy:
-        api = await serve(redis_url=f"redis://{proxy.host}:{proxy.port}/0", redis_timeout_s=0.2)
-        await uploaded(api, form(file_field(b"F")))
-        proxy.drop_replies(1, to="SET")
-        proxy.drop_replies(1, to="EVALSHA")
-        session_id = await uploaded(api, form(file_field(content)))
-    created = [key for key in await left(raw) if key.endswith(":metadata")]
-    assert len(created) == 2
-    assert len([key for key in await keys_of(raw, session_id) if ":upload:" in key]) == 3
 
 
 async def test_a_file_lives_on_with_its_session(api: AsyncClient, raw: Redis) -> None:

@@ -32,7 +32,6 @@ from app.errors import (
     StoreReadonlyError,
     StoreUnavailableError,
 )
-from app.onboarding.events import BEFORE_ALL
 from app.services.manager import make_manager
 from app.settings import load_settings
 from app.store.client import make_client
@@ -175,7 +174,8 @@ class TestALostReply:
         rest = [[*words[:attempt], *words[attempt + 1 :]] for words in sendings]
         assert rest[0] == rest[1] == rest[2]
 
-    @pytest.mark.parametrize("name", WRITES)
+    # Every call over HTTP is in tests/api/test_exactly_once.py.
+    @pytest.mark.parametrize("name", ["set_metadata", "update_progress", "save_step, over another"])
     async def test_of_a_write_leaves_one_write_and_brings_its_first_answer(
         self, wired: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
@@ -200,20 +200,6 @@ class TestALostReply:
         match answer:
             case {"progress": dict(progress)}:
                 assert progress == await wired.manager.get_progress(session_id)
-            case {"type": "progress"}:
-                events, _ = await wired.events.list_after(session_id, BEFORE_ALL, None)
-                assert answer == events[-1]
-            case {"status": "processing" | "error"}:
-                assert answer == await wired.generation.get_status(session_id)
-
-    async def test_of_the_making_of_a_session_makes_one(
-        self, wired: Place, proxy: Proxy, raw: Redis
-    ) -> None:
-        await prepare(wired.manager)
-        proxy.drop_replies(1, to="EVALSHA")
-        session_id = await wired.manager.create_session(workspace_id="w")
-        assert await count_events(wired.gateway, session_id) == 1
-        assert len([key async for key in raw.scan_iter("onboarding:*:metadata")]) == 2
 
     async def test_of_a_delete_is_a_success_and_a_delete_of_nothing_is_not(
         self, wired: Place, proxy: Proxy

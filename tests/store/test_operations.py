@@ -17,8 +17,6 @@ from tests.faults.proxy import Proxy
 from tests.store.conftest import MakePlace
 from tests.store.sessions import (
     Manager,
-    Place,
-    count_events,
     deadlines_ms,
     key_named,
     keyed,
@@ -295,13 +293,6 @@ async def prepare_and_delete(manager: Manager) -> None:
 
 
 class TestADeleteSentAgain:
-    async def test_after_an_unknown_outcome_is_ok(self, wired: Place, proxy: Proxy) -> None:
-        session_id = await prepare(wired.manager)
-        proxy.drop_replies(1, to="EVALSHA")
-        answer = await wired.manager.delete_session(session_id)
-        assert answer["success"] is True
-        assert await names_of_keys(wired.gateway, session_id) == set()
-
     async def test_takes_the_record_along_that_lies_in_another_slot(self, proxy: Proxy) -> None:
         url = f"redis://{proxy.host}:{proxy.port}/0"
         async with working_at(url, redis_timeout_s=0.25, key_hash_tag="on") as place:
@@ -328,19 +319,3 @@ class TestADeleteSentAgain:
         assert "ops" in await names_of_keys(gateway, session_id)
         await manager.delete_session(session_id)
         assert await gateway.command("KEYS", f"*{session_id}*") == []
-
-    async def test_of_a_step_whose_reply_was_lost_is_the_first_answer(
-        self, wired: Place, proxy: Proxy
-    ) -> None:
-        session_id = await prepare(wired.manager)
-        proxy.drop_replies(1, to="EVALSHA")
-        deleted = await wired.manager.delete_step(session_id, 1)
-        assert deleted["progress"]["completed_steps"] == [2]
-        assert await count_events(wired.gateway, session_id) == 4
-
-    async def test_of_a_draft_whose_reply_was_lost_is_the_first_answer(
-        self, wired: Place, proxy: Proxy
-    ) -> None:
-        session_id = await prepare(wired.manager)
-        proxy.drop_replies(1, to="EVALSHA")
-        assert await wired.manager.delete_draft(session_id, 3) is not None
