@@ -254,7 +254,6 @@ class Proxy:
     async def _pump_replies(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[_Asked]
     ) -> None:
-        lost = None
         silent = False
         async for frame in _frames(reader):
             loss = None
