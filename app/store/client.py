@@ -8,7 +8,6 @@ ASK and TRYAGAIN, where the node that answers so has refused the command.
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from copy import copy
 from typing import Any, cast
 
 from redis.asyncio import (
@@ -24,11 +23,15 @@ from redis.asyncio import (
 from redis.asyncio.cluster import ClusterNode, PipelineCommand
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
+from redis.asyncio.sentinel import (
+    MasterNotFoundError,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 from redis.backoff import NoBackoff
 from redis.cluster import PRIMARY
 from redis.exceptions import ConnectionError as LostConnectionError
-from redis.exceptions import MovedError
+from redis.exceptions import MovedError, RedisError
 from redis.exceptions import TimeoutError as StoreTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
 
@@ -39,6 +42,9 @@ Command = Sequence[str | bytes | int]
 
 REDIRECTIONS = 5
 """How often a Cluster may send commands on to another node before that counts as a failure."""
+
+ALL_SENTINELS_S = 0.2
+"""How long all sentinels are waited for, in seconds; after that one that answered is enough."""
 
 CANCEL_AGAIN_S = 0.1
 """How soon a task that did not end is cancelled again, in seconds."""
@@ -250,20 +256,47 @@ class _WaitingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
 
 
 class _Sentinels(Sentinel):
-    """Sentinels of which none is lost when several connections ask at once.
+    """Sentinels that are all asked, and of which the one is believed that knows of the last change.
 
-    `discover_master` moves the sentinel that answered to the front by two list places it read
-    before it waited: when the first sentinel is down, two callers at once leave the second one
-    twice in the list and the first one nowhere, until the process ends.
+    redis-py believes the first that answers. But one that was cut off together with an old master
+    names that one for as long as this lasts, and so does, for a moment, one that has just started.
     """
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
-        """Ask the sentinels in turn, as redis-py does, and put the one that knew first."""
-        own = copy(self)
-        own.sentinels = list(self.sentinels)
-        found: tuple[str, int] = await Sentinel.discover_master(own, service_name)
-        self.sentinels.sort(key=lambda each: each is not own.sentinels[0])
-        return found
+        """Find the master. Raises MasterNotFoundError."""
+        asking = [asyncio.create_task(_ask(each, service_name)) for each in self.sentinels]
+        try:
+            answered, waiting = await asyncio.wait(asking, timeout=ALL_SENTINELS_S)
+            while waiting and not any(each.result() for each in answered):
+                more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                answered |= more
+        finally:
+            for each in asking:
+                each.cancel()
+        last: dict[str, Any] = max(
+            (state for each in answered if (state := each.result())), key=_rank, default={}
+        )
+        if not last or not self.check_master_state(last, service_name):
+            raise MasterNotFoundError(f"No master found for {service_name!r}")
+        return last["ip"], last["port"]
+
+
+async def _ask(sentinel: Redis, service_name: str) -> dict[str, Any] | None:
+    """Ask a sentinel what it knows of a master; None when it does not answer, or knows none."""
+    try:
+        masters: Any = await sentinel.sentinel_masters()
+    except RedisError:
+        return None
+    state: dict[str, Any] | None = masters.get(service_name)
+    return state
+
+
+def _rank(state: dict[str, Any]) -> tuple[int, bool, bool]:
+    """Say how much what a sentinel knows is worth: more, the later the change that it knows of.
+
+    During a failover the one that leads it is the last to name the new master.
+    """
+    return state["config-epoch"], not state["is_sdown"], "failover" not in str(state["flags"])
 
 
 class _Cluster(RedisCluster):
@@ -272,6 +305,9 @@ class _Cluster(RedisCluster):
     redis-py 8.1 sends ASKING and the command one after the other on whichever connection has been
     idle longest: with an even number of idle ones they never meet, and all 16 tries fail. To a
     node that it does not know yet it cannot send at all.
+
+    And once it knows the nodes, it asks the first master among them what commands there are: while
+    that one is down, it would reach no other either.
     """
 
     def __init__(self, *, ssl: bool, **kwargs: Any) -> None:
@@ -281,6 +317,17 @@ class _Cluster(RedisCluster):
         self.connection_kwargs["connection_class"] = kind
         for node in self.startup_nodes:
             node.connection_class = kind
+
+    async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
+        """Learn the nodes, if they are not known; when the first master fails, ask the next."""
+        try:
+            return await super().initialize(*args, **kwargs)
+        except BaseException as failure:
+            for node in self.nodes_manager.get_nodes_by_server_type(PRIMARY)[:1]:
+                self.nodes_manager.move_node_to_end_of_cached_nodes(node.name)
+            if not isinstance(failure, LostConnectionError | StoreTimeoutError):
+                raise
+        return await super().initialize(*args, **kwargs)
 
     def get_node(
         self, host: str | None = None, port: int | None = None, node_name: str | None = None

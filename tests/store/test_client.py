@@ -341,6 +341,20 @@ class TestAClusterRedirects:
                 await client.execute_command("INCRBY", "{ask}", "x")
 
 
+@sets
+async def test_a_master_that_is_away_keeps_no_new_client_of_a_cluster_from_the_others(
+    cluster: ClusterSet,
+) -> None:
+    away, *others = cluster.nodes
+    nodes = tuple((HOST, node.port) for node in others)
+    away.freeze()
+    try:
+        async with client_of(StoreAddress("cluster", nodes=nodes), timeout_s=SHORT_S) as client:
+            assert await client.set("foo", "1")  # of the last third of the slots
+    finally:
+        away.thaw()
+
+
 def _slot(client: RedisCluster, key: str) -> tuple[int, ClusterNode, ClusterNode]:
     """The key's slot, the node that has it, and one that does not."""
     owner = client.get_node_from_key(key)
@@ -528,16 +542,43 @@ def _assert_closed(server: Valkey) -> None:
 
 @sets
 class TestSentinels:
-    async def test_none_is_forgotten_when_many_ask_at_once(self, sentinels: SentinelSet) -> None:
+    async def test_one_that_is_away_or_stands_still_keeps_nobody_from_the_master(
+        self, sentinels: SentinelSet
+    ) -> None:
         (dead,) = free_ports(1)
-        living = [sentinel.port for sentinel in sentinels.sentinels]
-        nodes = tuple((HOST, port) for port in (dead, *living))
+        still, *others = sentinels.sentinels
+        nodes = tuple((HOST, port) for port in (dead, *(each.port for each in (still, *others))))
         address = StoreAddress("sentinel", nodes=nodes, service=sentinels.service)
-        async with client_of(address, max_connections=8) as client:
-            await asyncio.gather(*(client.get("a") for _ in range(8)))
-            asked = client.connection_pool.sentinel_manager.sentinels
-            ports = [each.connection_pool.connection_kwargs["port"] for each in asked]
-            assert ports == [living[0], dead, *living[1:]]
+        still.freeze()
+        try:
+            for _ in range(2):
+                async with client_of(address, max_connections=8) as client:
+                    began = time.monotonic()
+                    await asyncio.gather(*(client.get("a") for _ in range(8)))
+                    assert time.monotonic() - began < 0.9
+        finally:
+            still.thaw()
+
+    async def test_one_that_was_left_behind_is_not_believed(
+        self, sentinels: SentinelSet, server: Valkey, tmp_path: Path
+    ) -> None:
+        """As the one that was cut off together with an old master: it has missed an election."""
+        service = "elected"
+        master = sentinels.acting_master()
+        with Valkey.start_sentinel(tmp_path / "late") as late:
+            late.command("SENTINEL", "MONITOR", service, HOST, server.port, 1)
+            with Valkey.start_sentinel(tmp_path / "new") as new:
+                new.command("SENTINEL", "MONITOR", service, HOST, master.port, 1)
+                hello = (HOST, new.port, "0" * 40, 7, service, HOST, master.port, 7)
+                new.command("PUBLISH", "__sentinel__:hello", ",".join(map(str, hello)))
+                for nodes in ((late, new), (new, late)):
+                    address = StoreAddress(
+                        "sentinel",
+                        nodes=tuple((HOST, each.port) for each in nodes),
+                        service=service,
+                    )
+                    async with client_of(address) as client:
+                        assert (await client.info("server"))["tcp_port"] == master.port
 
     async def test_a_new_master_is_found(self, tmp_path: Path) -> None:
         with SentinelSet.start(tmp_path) as own:
