@@ -197,11 +197,12 @@ def _sentinel_pool(
 
 
 class _Steady(AbstractConnection):
-    """A connection on which no cancellation is lost.
+    """A connection on which no cancellation is lost, and that says when it has broken.
 
     redis-py sends through asyncio.wait_for, which before Python 3.12 takes no notice of a
     cancellation that comes as it is done: the reply was then waited for as though nobody had given
-    it up.
+    it up. It sends in a task of its own, too, and a connection that was closed before that began is
+    an AttributeError. One that has broken is a RuntimeError on uvloop.
     """
 
     async def send_packed_command(
@@ -222,7 +223,7 @@ class _Steady(AbstractConnection):
         except TimeoutError:
             await self.disconnect(nowait=True)
             raise StoreTimeoutError("Timeout writing to socket") from None
-        except OSError as failure:
+        except (OSError, RuntimeError) as failure:
             await self.disconnect(nowait=True)
             raise LostConnectionError("The connection was lost while writing") from failure
         except BaseException:

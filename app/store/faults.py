@@ -133,6 +133,4 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     (redis_errors.ConnectionError, "", _transient("connection")),
     (TimeoutError, "", _transient("timeout")),
     (OSError, "", _transient("connection")),
-    # How uvloop says that a connection has broken since something was sent over it last.
-    (RuntimeError, "the handler is closed", _transient("connection")),
 )

@@ -3,7 +3,7 @@ import datetime as dt
 import hashlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -353,6 +354,24 @@ async def test_a_master_that_is_away_keeps_no_new_client_of_a_cluster_from_the_o
             assert await client.set("foo", "1")  # of the last third of the slots
     finally:
         away.thaw()
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_that_has_broken_says_so_in_every_loop(
+    server: Valkey, make_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    async def send_over_a_broken_one() -> None:
+        async with client_of(parse_store_url(server.url)) as client:
+            assert await client.ping()
+            (connection,) = client.connection_pool._available_connections
+            connection._writer.transport.abort()
+            await asyncio.sleep(0)
+            with pytest.raises(ConnectionError):
+                await connection.send_packed_command([b"PING\r\n"])
+            assert not connection.is_connected
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(send_over_a_broken_one())
 
 
 def _slot(client: RedisCluster, key: str) -> tuple[int, ClusterNode, ClusterNode]:

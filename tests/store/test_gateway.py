@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-import uvloop
 from fakeredis import FakeServer
 from redis import Redis as SyncRedis
 from redis import exceptions as redis_errors
@@ -808,24 +807,6 @@ class TestTheTableOfFaults:
     )
     def test_leaves_mistakes_of_ours_alone(self, failure: Exception) -> None:
         assert judge(failure) is None
-
-    def test_takes_what_uvloop_raises_on_a_broken_connection_for_one(self) -> None:
-        async def write_to_a_broken_connection() -> Exception:
-            async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                writer.close()
-
-            async with await asyncio.start_server(hang_up, HOST, 0) as server:
-                _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-                writer.transport.abort()
-                await asyncio.sleep(0)
-                with pytest.raises(Exception, match="closed") as raised:
-                    writer.write(b"PING")
-                return raised.value
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            fault = judge(runner.run(write_to_a_broken_connection()))
-        assert fault is not None
-        assert (fault.kind, fault.remedy) == ("connection", Remedy.RETRY)
 
     async def test_leaves_a_mistake_of_ours_as_it_is_and_sends_it_once(self) -> None:
         class Client:
