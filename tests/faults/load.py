@@ -43,6 +43,8 @@ class Ledger:
     errors: Counter[str] = field(default_factory=Counter)
     """Answers that were no acknowledgement: `503 store_unavailable`, or how a connection broke."""
     acknowledged_at: list[float] = field(default_factory=list)
+    saved: list[tuple[float, str]] = field(default_factory=list)
+    """When a write was acknowledged, and to which session; "" for one that begins."""
     longest_answer_s: float = 0.0
 
     @property
@@ -158,12 +160,15 @@ class Load:
         for step_id in range(1, 24):
             number = next(self._numbers)
             path = f"{url}{BASE}/{session_id}/steps/{step_id}"
-            if await self._send(client, path, {"data": {"number": number}}) is not None:
+            body = {"data": {"number": number}}
+            if await self._send(client, path, body, session_id) is not None:
                 self.ledger.steps[session_id, step_id] = number
             if self._ended.is_set():
                 return
 
-    async def _send(self, client: AsyncClient, url: str, body: object) -> Response | None:
+    async def _send(
+        self, client: AsyncClient, url: str, body: object, session_id: str = ""
+    ) -> Response | None:
         """Write; None when it was not acknowledged. Takes as long as the pace asks for."""
         begun_s = time.monotonic()
         answer: Response | None = None
@@ -175,6 +180,7 @@ class Load:
         self.ledger.longest_answer_s = max(self.ledger.longest_answer_s, now_s - begun_s)
         if answer is not None and answer.is_success:
             self.ledger.acknowledged_at.append(now_s)
+            self.ledger.saved.append((now_s, session_id))
         elif answer is not None:
             what = f"{answer.status_code} {answer.json()['code']}"
             if answer.status_code == 503 and "Retry-After" not in answer.headers:

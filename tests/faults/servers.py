@@ -280,40 +280,56 @@ class SentinelSet(_ServerSet):
 
 
 class ClusterSet(_ServerSet):
-    """Three masters without replicas that share the 16,384 slots."""
+    """Three masters that share the 16,384 slots, with as many replicas each as asked for.
 
-    def __init__(self, stack: ExitStack, nodes: tuple[Valkey, ...]) -> None:
+    `nodes` are what began as masters, `replicas` what began as replicas, in the same order.
+    """
+
+    def __init__(
+        self, stack: ExitStack, nodes: tuple[Valkey, ...], replicas: tuple[Valkey, ...] = ()
+    ) -> None:
         super().__init__(stack)
         self.nodes = nodes
+        self.replicas = replicas
 
     @classmethod
-    def start(cls, directory: Path, **config: Directive) -> Self:
-        """Start the three, and wait until each says `cluster_state:ok`.
+    def start(cls, directory: Path, replicas: int = 0, **config: Directive) -> Self:
+        """Start them, and wait until each says `cluster_state:ok` and every replica follows.
 
         `config` is for all of them.
         """
         with ExitStack() as stack:
             data = {"cluster_enabled": True, "cluster_node_timeout": 2000, **config}
-            nodes = tuple(
+            servers = tuple(
                 stack.enter_context(Valkey._start(directory / f"node{number}", 0, data))
-                for number in range(3)
+                for number in range(3 * (1 + replicas))
             )
+            nodes, followers = servers[:3], servers[3:]
             bounds = (0, 5461, 10923, 16384)
-            for number, node in enumerate(nodes):
-                first, last = bounds[number], bounds[number + 1] - 1
-                node.command("CLUSTER", "ADDSLOTSRANGE", first, last)
+            for number, node in enumerate(servers):
+                if node in nodes:
+                    first, last = bounds[number], bounds[number + 1] - 1
+                    node.command("CLUSTER", "ADDSLOTSRANGE", first, last)
                 # Equal epochs would be settled by a vote that costs seconds.
                 node.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-            for node in nodes[1:]:
-                nodes[0].command("CLUSTER", "MEET", HOST, node.port, node.bus_port)
-            for node in nodes:
+            for node in servers[1:]:
+                servers[0].command("CLUSTER", "MEET", HOST, node.port, node.bus_port)
+            for number, follower in enumerate(followers):
+                master_id = str(nodes[number % 3].command("CLUSTER", "MYID"))
+                knows = partial(_knows, follower, master_id)
+                wait_until(knows, SET_READY_S, "a replica knows its master")
+                follower.command("CLUSTER", "REPLICATE", master_id)
+            for node in servers:
                 wait_until(partial(_is_complete, node), SET_READY_S, "the cluster is complete")
-            return cls(stack.pop_all(), nodes)
+            for follower in followers:
+                wait_until(partial(_follows, follower), SET_READY_S, "a replica follows its master")
+            return cls(stack.pop_all(), nodes, followers)
 
     @property
     def url(self) -> str:
-        """The URL with all three nodes."""
-        return "redis+cluster://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
+        """The URL with all nodes."""
+        servers = (*self.nodes, *self.replicas)
+        return "redis+cluster://" + ",".join(f"{HOST}:{node.port}" for node in servers)
 
 
 def free_ports(count: int) -> list[int]:
@@ -366,6 +382,10 @@ def _is_settled(sentinel: Valkey, master: Valkey) -> bool:
     known = sentinel.command("SENTINEL", "MASTER", SentinelSet.service)
     seen = [known[name] for name in ("port", "flags", "num-other-sentinels", "num-slaves")]
     return seen == [str(master.port), "master", "2", "1"]
+
+
+def _knows(node: Valkey, other_id: str) -> bool:
+    return other_id in str(node.command("CLUSTER", "NODES"))
 
 
 def _is_complete(node: Valkey) -> bool:

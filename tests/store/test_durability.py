@@ -5,22 +5,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import (
     AbstractAsyncContextManager,
     ExitStack,
-    asynccontextmanager,
     contextmanager,
-    suppress,
 )
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-from redis.exceptions import ResponseError
 
-from app.clock import monotonic_s
-from app.errors import SessionNotFoundError, StoreError, StoreUnavailableError
+from app.errors import SessionNotFoundError, StoreUnavailableError
 from app.store.scripts import HINTS, READING
 from tests.faults.proxy import Proxy
-from tests.faults.servers import HOST, SentinelSet, Valkey, wait_until
+from tests.faults.servers import HOST, Valkey, wait_until
 from tests.service import BASE
 from tests.store.sessions import (
     READS,
@@ -39,9 +34,6 @@ WAIT_S = 0.15
 """How long a sending of these tests waits for a replica."""
 
 REPLICATED: dict[str, Any] = {"durability": "replicated", "redis_timeout_s": 2 * WAIT_S}
-
-ROUNDS = 1
-"""How often the master dies."""
 
 
 def follows(replica: Valkey) -> bool:
@@ -245,173 +237,6 @@ async def test_with_a_replica_health_is_ok(
 ) -> None:
     client = await serve(redis_url=pair.master.url, **REPLICATED)
     assert (await client.get("/health")).json()["status"] == "ok"
-
-
-class Ledger:
-    """Writers that note what was acknowledged, and when."""
-
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self.acknowledged: set[str] = set()
-        self.refused = 0
-        self.last_s = monotonic_s()
-
-    async def write(self) -> None:
-        """Make sessions until cancelled."""
-        while True:
-            try:
-                session_id = await self._place.manager.create_session(workspace_id="w")
-            except StoreError:
-                self.refused += 1
-            else:
-                self.acknowledged.add(session_id)
-                self.last_s = monotonic_s()
-            await asyncio.sleep(0.02)
-
-    async def go_on(self, since_s: float) -> float:
-        """Wait for a write that is acknowledged after a moment; say how long after."""
-        async with asyncio.timeout(10):
-            while self.last_s <= since_s:
-                await asyncio.sleep(0.005)
-        return self.last_s - since_s
-
-    async def lost(self) -> set[str]:
-        """Read everything back."""
-        lost = set()
-        for session_id in self.acknowledged:
-            try:
-                await self._place.manager.get_session(session_id)
-            except SessionNotFoundError:
-                lost.add(session_id)
-        return lost
-
-
-class Hosts:
-    """Servers that sentinels watch: a master and its replica, or more of them."""
-
-    def __init__(self, watched: SentinelSet) -> None:
-        self.url = watched.url
-        self.servers = [watched.master, watched.replica]
-        self.left = [watched.master, watched.replica]
-        self._leader = watched.sentinels[0]
-        # It asks the servers how they are every 10 s by default, and has them follow one by one.
-        # The others go on so: they would turn back whom they see promoted before the leader does.
-        self._leader.command("SENTINEL", "DEBUG", "info-period", 200)
-        self._leader.command("SENTINEL", "SET", watched.service, "parallel-syncs", 5)
-
-    def add(self, *replicas: Valkey) -> None:
-        for replica in replicas:
-            replica.command("REPLICAOF", HOST, self.master.port)
-        self.servers += replicas
-        self.left += replicas
-
-    @property
-    def master(self) -> Valkey:
-        told = self.ask("GET-MASTER-ADDR-BY-NAME")
-        return next(each for each in self.servers if str(each.port) == told[1])
-
-    def ask(self, question: str) -> Any:
-        return self._leader.command("SENTINEL", question, SentinelSet.service)
-
-    @property
-    def heir(self) -> Valkey:
-        """Who is to be the next master."""
-        return next(each for each in self.left if each is not self.master)
-
-    def is_settled(self) -> bool:
-        """Say whether the leader knows that the heir follows the master, and the rest too."""
-        master, heir = self.master, self.heir
-        wanted: dict[str, str] = {}
-        for replica in self.left:
-            if replica is not master:
-                priority = wanted[str(replica.port)] = "100" if replica is heir else "0"
-                replica.command("CONFIG", "SET", "replica-priority", priority)
-        return wanted == {
-            each["port"]: each["slave-priority"]
-            for each in self.ask("REPLICAS")
-            if (each["flags"], each["master-link-status"]) == ("slave", "ok")
-        }
-
-    async def fail_over(self, heir: Valkey) -> None:
-        """Have the heir promoted at once: the sentinels would by themselves, some seconds later."""
-        async with asyncio.timeout(10):
-            while self.master is not heir:
-                with suppress(ResponseError):  # it goes on already, or they have not looked lately
-                    self.ask("FAILOVER")
-                await asyncio.sleep(0.1)
-
-    async def settle(self) -> None:
-        """Wait for that."""
-        async with asyncio.timeout(10):
-            while not self.is_settled():
-                await asyncio.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with SentinelSet.start(tmp_path_factory.mktemp("hosts")) as watched:
-        hosts = Hosts(watched)
-        wait_until(hosts.is_settled, 10, "the leader knows who follows")
-        yield hosts
-
-
-@pytest.fixture
-def many_hosts(hosts: Hosts, tmp_path: Path) -> Iterator[Hosts]:
-    """The same with so many replicas that one is left to confirm when the master has died."""
-    with ExitStack() as stack:
-        hosts.add(
-            *(
-                stack.enter_context(Valkey.start(tmp_path / str(n), repl_diskless_sync_delay=0))
-                for n in range(ROUNDS)
-            )
-        )
-        yield hosts
-
-
-@asynccontextmanager
-async def writing(hosts: Hosts) -> AsyncIterator[Ledger]:
-    """Write from four places at once for the length of a block, which must lose nothing."""
-    patient = {"retry_base_s": 0.2, "retry_attempts": 5, "redis_timeout_s": 2 * WAIT_S}
-    async with working_at(hosts.url, durability="replicated", **patient) as place:
-        ledger = Ledger(place)
-        writers = [asyncio.create_task(ledger.write()) for _ in range(4)]
-        try:
-            await ledger.go_on(monotonic_s())
-            yield ledger
-        finally:
-            for writer in writers:
-                writer.cancel()
-            await asyncio.wait(writers)
-        assert len(ledger.acknowledged) > 10
-        assert await ledger.lost() == set()
-
-
-async def test_a_master_that_is_demoted_is_left_within_5_s(hosts: Hosts) -> None:
-    async with writing(hosts) as ledger:
-        await hosts.fail_over(hosts.heir)
-        assert await ledger.go_on(monotonic_s()) < 5
-
-
-async def test_a_master_that_dies_cut_off_takes_no_acknowledged_write_along(
-    many_hosts: Hosts,
-) -> None:
-    hosts = many_hosts
-    async with writing(hosts) as ledger:
-        for _ in range(ROUNDS):
-            await hosts.settle()
-            dead, heir = hosts.master, hosts.heir
-            hosts.left.remove(dead)
-            # Replication is cut, last to the heir: no other one has more.
-            for replica in sorted(hosts.left, key=lambda each: each is heir):
-                replica.freeze()
-            await asyncio.sleep(WAIT_S)
-            dead.kill()
-            died_s = monotonic_s()
-            for replica in hosts.left:
-                replica.thaw()
-            await hosts.fail_over(heir)
-            await ledger.go_on(died_s + WAIT_S)
-            assert monotonic_s() - died_s < 5
 
 
 @pytest.fixture(scope="module")
