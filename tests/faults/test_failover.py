@@ -77,8 +77,7 @@ def test_clients_are_on_the_old_masters_side(
     again_s = []
     for _ in range(runs(10)):
         hosts.settle()
-        # So many that somebody begins a write at any time: each waits for its answer.
-        with Load(service.url, wizards=200) as load:
+        with Load(service.url) as load:
             at_any_moment(hosts)
             master = hosts.master()
             for other in hosts.others():
