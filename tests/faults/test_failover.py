@@ -28,7 +28,7 @@ AFTERWARDS = 50
 def hosts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Hosts]:
-    pace = AS_ADVISED if request.config.getoption("--chaos") else HURRIED
+    pace = AS_ADVISED if request.config.getoption("--chaos", default=False) else HURRIED
     with Hosts.start(tmp_path_factory.mktemp("hosts"), pace, appendonly=True) as hosts:
         yield hosts
 
