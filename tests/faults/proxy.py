@@ -106,7 +106,7 @@ class Proxy:
         self._to_hold: list[Held] = []
         self._watched: list[tuple[bytes, list[float]]] = []
         self._lost_share = 0.0
-        self._longest_delay_s = 0.0
+        self._delay_s = (0.0, 0.0)
         self._random = random.Random()
         self._choose: Choose = lambda _: None
         self.lost: Counter[Loss] = Counter()
@@ -137,9 +137,9 @@ class Proxy:
         self._to_lose.clear()
         self._lost_share = 0.0
 
-    def delay(self, longest_s: float) -> None:
-        """Let everything take so long at most, in both directions, each time another while."""
-        self._longest_delay_s = longest_s
+    def delay(self, longest_s: float, *, shortest_s: float = 0.0) -> None:
+        """Let each message take so long, in both directions, each time another while."""
+        self._delay_s = (shortest_s, longest_s)
 
     def watch(self, part: bytes) -> list[float]:
         """Note when each command arrives that holds `part`, in `time.monotonic`."""
@@ -277,8 +277,8 @@ class Proxy:
 
     async def _take_time(self) -> None:
         await self._flowing.wait()
-        if self._longest_delay_s:
-            await asyncio.sleep(self._random.uniform(0, self._longest_delay_s))
+        if any(self._delay_s):
+            await asyncio.sleep(self._random.uniform(*self._delay_s))
 
     def _find_held(self, frame: bytes) -> Held | None:
         for held in self._to_hold:

@@ -12,9 +12,9 @@ import pytest
 from tests.faults.aside import aside
 from tests.faults.conftest import StartService
 from tests.faults.load import Reading, Watch
+from tests.faults.proxy import Proxy
 from tests.faults.report import Row
 from tests.faults.servers import Valkey
-from tests.faults.slow_proxy import SlowProxy
 from tests.faults.states import (
     NEEDS,
     demoted,
@@ -72,8 +72,8 @@ STATES: dict[str, tuple[Callable[[Valkey], AbstractContextManager[None]], Told]]
 }
 """How the store gets into a state, and what is right then."""
 
-NEAR_S, FAR_S = 0.1, 0.6
-"""How much later answers of a slow store come: it is well, and it is away."""
+NEAR_S, FAR_S = 0.05, 0.3
+"""How long the way to a slow store takes, there and back again: it is well, and it is away."""
 
 
 class Watched:
@@ -130,9 +130,9 @@ def test_health_is_right_in_every_state(
     for run in range(runs(5)):
         with ExitStack() as stack:
             store = stack.enter_context(Valkey.start(tmp_path / f"store-{run}", **NEEDS))
-            way, _ = stack.enter_context(aside(SlowProxy(store.port)))
+            way, _ = stack.enter_context(aside(Proxy(store.port)))
             near = Watched(start(REDIS_URL=store.url), stack)
-            way.delay_s = NEAR_S
+            way.delay(NEAR_S, shortest_s=NEAR_S)
             far = Watched(start(REDIS_URL=f"redis://{way.host}:{way.port}/0"), stack)
             _walk_through(store, near)
             _walk_away(way, far)
@@ -159,12 +159,12 @@ def _walk_through(store: Valkey, service: Watched) -> None:
         service.see(f"healed: {state}", FINE)
 
 
-def _walk_away(way: SlowProxy, service: Watched) -> None:
+def _walk_away(way: Proxy, service: Watched) -> None:
     """Let the store become slow and quick again, and the service end."""
     service.see("far", FINE)
-    way.delay_s = FAR_S
+    way.delay(FAR_S, shortest_s=FAR_S)
     service.see("slow", Told("down", "timeout"))
-    way.delay_s = NEAR_S
+    way.delay(NEAR_S, shortest_s=NEAR_S)
     service.see("healed: slow", FINE)
     service.service.send(signal.SIGTERM)
     service.see("stopping", Told("stopping", "stopping"))
