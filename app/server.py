@@ -150,6 +150,11 @@ class Protocol(HttpToolsProtocol):
         if not self._refused:
             super().data_received(data)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of everything: of a connection that was reset the timer would be left."""
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
         self._in_head, self._head_bytes = True, 0

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import socket
+import struct
 from contextlib import suppress
 
 import pytest
@@ -9,7 +11,7 @@ from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
 from app.main import create_app_from_environment
-from app.server import make_config
+from app.server import Protocol, make_config
 from tests.service import BASE
 
 HEAD = "Host: x\r\nContent-Type: application/json\r\n"
@@ -156,3 +158,21 @@ def test_a_process_looks_for_no_garbage_in_what_it_has_loaded(
 
 def test_an_idle_connection_is_kept_longer_than_balancers_keep_theirs() -> None:
     assert make_config("app.main:create_app").timeout_keep_alive > 60
+
+
+async def test_of_a_connection_that_was_reset_nothing_is_left(api: AsyncClient) -> None:
+    def connections() -> int:
+        gc.collect()
+        return sum(isinstance(each, Protocol) for each in gc.get_objects())
+
+    before = connections()
+    for _ in range(3):
+        reader, writer = await asyncio.open_connection(api.base_url.host, api.base_url.port)
+        writer.write(request("GET /livez").encode())
+        await reader.readuntil(b"\r\n\r\n")
+        link: socket.socket = writer.get_extra_info("socket")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+    async with asyncio.timeout(2):
+        while connections() > before:
+            await asyncio.sleep(0.01)
