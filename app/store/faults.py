@@ -23,6 +23,10 @@ class TooFewReplicasError(Exception):
     """A write that no replica has confirmed in time; the server itself may have it."""
 
 
+class TooLateError(Exception):
+    """A sending that came too late by the store's clock, which had just been learnt from it."""
+
+
 class Remedy(Enum):
     """What to do about a failure."""
 
@@ -105,6 +109,8 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     (redis_errors.ConnectionError, "is now a slave", _transient("demoted", elsewhere=True)),
     # A master without its replicas may be on the wrong side of a partition.
     (TooFewReplicasError, "", _transient("too_few_replicas", elsewhere=True)),
+    # It went astray between two stores, or took too long.
+    (TooLateError, "", _transient("late")),
     # A key that lacks its hash tag: ours to mend, not to send again.
     (redis_errors.RedisClusterException, "key slot", _permanent("cross_slot")),
     (redis_errors.ClusterDownError, "", _transient("cluster_down")),

@@ -9,9 +9,15 @@ Where a write counts only once a replica has it, WAIT follows the script on its 
 same round trip. WAIT vouches for nothing but what its connection wrote, and a script that answers
 from memory writes nothing: wherever it may, a mark is written before WAIT. Those who wait do so on
 connections of their own, so that nobody who reads waits for one.
+
+What is given up may still be on its way, and arrive when others have gone on from there. So every
+sending of a script that promises something says when it was sent by the store's clock and for how
+long it is waited for, and later it does nothing (`lua/sending.lua`). Where it is found late, the
+store says what its clock shows, and it is sent again at once: no host's clock needs to be right.
 """
 
 import asyncio
+import math
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,7 +39,7 @@ from tenacity import (
 )
 from tenacity.stop import stop_base
 
-from app.clock import monotonic_s
+from app.clock import monotonic_s, now_ms
 from app.context import get_context
 from app.errors import (
     IdempotencyMismatchError,
@@ -42,7 +48,7 @@ from app.errors import (
 from app.metrics import STORE_ERRORS, STORE_RETRIES, STORE_RETRIES_DENIED, STORE_TALLY
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.client import close_client, leave_server, send_and_wait
-from app.store.faults import Fault, Remedy, corrupt, judge
+from app.store.faults import Fault, Remedy, TooLateError, corrupt, judge
 from app.store.index import IndexFollower
 from app.store.keys import Keys, SessionKeys
 from app.store.retry_budget import RetryBudget
@@ -125,6 +131,7 @@ class Gateway:
         self._policy = policy
         self._budget = RetryBudget(policy.budget)
         self._replica_wait_ms = replica_wait_ms
+        self._ahead_ms = 0
         self._clients: dict[tuple[asyncio.AbstractEventLoop, bool], Client] = {}
         self._sending: set[asyncio.Task[Any]] = set()
         self._failures: deque[float] = deque(maxlen=10_000)
@@ -134,12 +141,12 @@ class Gateway:
         """Send a command that only reads, or may be repeated and lost. Raises a `StoreError`."""
         return await self._deliver(str(parts[0]), parts[1:2], lambda _: self._execute(parts))
 
-    async def write(self, *parts: Argument) -> Any:
-        """Send a command that writes what must not be lost. Raises a `StoreError`."""
-        key = str(parts[1])
-        return await self._deliver(
-            str(parts[0]), [key], lambda _: self._execute(parts, key, Vouch.SEEN)
-        )
+    async def write(self, name: str, key: str, *args: Argument) -> None:
+        """Send a command that writes to one key what must not be lost, and may be repeated.
+
+        Raises a `StoreError`.
+        """
+        await self.evaluate("run_command", [key], [name, *args])
 
     async def evaluate(
         self,
@@ -192,7 +199,7 @@ class Gateway:
             sending.exception()
 
     async def remove(self, name: str, keys: Sequence[str], args: Sequence[Argument] = ()) -> Reply:
-        """Run a script that takes the number of the attempt as its first argument."""
+        """Run a script that takes the number of the attempt before its other arguments."""
         script = load_script(name)
 
         def send(attempt: int) -> Awaitable[Any]:
@@ -228,7 +235,7 @@ class Gateway:
         def send(attempt: int) -> Awaitable[Any]:
             # What answers ok to a first sending without a key has written something.
             vouch = Vouch.WRITTEN if attempt == 1 and request is None else Vouch.SEEN
-            return self._run(script, all_keys, [operation, attempt, *head, *args], vouch)
+            return self._run(script, all_keys, [operation, *head, *args], vouch)
 
         try:
             reply = _reply(await self._deliver(name, all_keys, send))
@@ -347,6 +354,25 @@ class Gateway:
         STORE_ERRORS.labels(fault.kind).inc()
 
     async def _run(
+        self, script: Script, keys: list[str], args: list[Argument], vouch: Vouch
+    ) -> Any:
+        """Run a script, with the sending before its arguments where it promises something."""
+        if not script.is_promise:
+            return await self._evaluate(script, keys, args, vouch)
+        for _ in range(2):
+            begun_ms = now_ms()
+            sending = f"{begun_ms + self._ahead_ms} {math.ceil(self._policy.send_s * 1000)}"
+            answer = await self._evaluate(script, keys, [sending, *args], vouch)
+            if answer[0] != b"late":
+                return answer
+            # The store read its clock between the two: what it is taken for is corrected as far as
+            # that asks for. Nobody gets a turn before it is used, who may have met another node.
+            told_ms = int(answer[1])
+            least, most = told_ms - now_ms(), told_ms - begun_ms
+            self._ahead_ms = min(max(self._ahead_ms, least), most)
+        raise TooLateError
+
+    async def _evaluate(
         self, script: Script, keys: list[str], args: list[Argument], vouch: Vouch
     ) -> Any:
         rest = (len(keys), *keys, *args)

@@ -30,6 +30,8 @@ HINTS = frozenset(
         *("take_tokens", "claim_ask"),
         # The record of who did what: it is written behind the requests, which are answered.
         "add_audit",
+        # What WAIT goes by: it means nothing.
+        "write_mark",
     }
 )
 """The scripts whose writes nobody is told of as done: what is lost of them is made up for."""
@@ -45,7 +47,11 @@ class Script:
 
     @property
     def is_promise(self) -> bool:
-        """Whether its answer says that something was done that must not be lost."""
+        """Whether its answer says that something was done that must not be lost.
+
+        Then it must not be done too late either: it opens with `sending.lua`. What others do too
+        late is made up for as what is lost of them.
+        """
         return self.name not in READING and self.name not in HINTS
 
 

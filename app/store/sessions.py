@@ -122,7 +122,7 @@ class SessionStore:
             created = await self._make_with_room(new, record)
         except SessionCapacityError:
             # There may be room when it is asked for again.
-            await self._gateway.command("DEL", record)
+            await self._gateway.write("DEL", record)
             raise
         if created is not None:
             await self._keep_answer(record, request, created)
@@ -383,7 +383,7 @@ class SessionStore:
             return False
         if self._keys.hash_tag:
             if record is not None:
-                await self._gateway.command("DEL", record)
+                await self._gateway.write("DEL", record.decode(errors="replace"))
             await self._index.remove(session_id, reason, at_ms=at_ms)
         if reply.word == "not_found":
             raise SessionNotFoundError

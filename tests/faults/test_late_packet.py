@@ -1,8 +1,10 @@
 """A packet of a write that timed out arrives late: what was acknowledged after it stands."""
 
+import asyncio
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from app.store.keys import Keys
 from tests.faults.proxy import Held
 from tests.faults.servers import Valkey
 from tests.faults.test_store_away import Begin, Runs
@@ -15,6 +17,9 @@ HASTY = {
     "ONBOARDING_RETRY_JITTER_S": "0",
 }
 """Settings with which a client gives a packet up soon."""
+
+USELESS_S = 0.2
+"""After how long nobody waits for a packet with these settings, in seconds."""
 
 
 class Case(NamedTuple):
@@ -30,6 +35,7 @@ class Case(NamedTuple):
     read: str
 
 
+TASK, CONFIG = "/api/v1/sessions/task", "/api/v1/admin/config"
 STEP = "{s}/steps/1"
 CASES = {
     "save": Case("PUT", STEP, {"data": {"a": "late"}}, {"data": {"a": "newer"}}, STEP),
@@ -68,12 +74,74 @@ async def test_what_is_newer_stands(
 
                 reply = await held.deliver()
 
-                assert b"ok" in reply
+                # Done already, or of use to nobody any more.
+                assert b"ok" in reply or b"late" in reply
                 row.lost += await read(here, case.read) != there
                 row.duplicated += (await events_of(here))[len(before) :] != new_events
                 if case.target == STEP:
                     assert newer["version"] == older["version"] + 1
     assert (row.lost, row.duplicated) == (0, 0)
+
+
+async def test_what_was_removed_or_set_since_stays_so_though_no_operation_is_remembered(
+    tmp_path: Path, store: Valkey, report: Begin, runs: Runs
+) -> None:
+    row = report("packet later than anybody waits: making, settings, and after the memory is gone")
+    async with wired(tmp_path, store, **HASTY) as here:
+        # Its script is learnt.
+        await make_task(here, "another")
+        for _ in range(runs(20)):
+            row.runs += 1
+
+            held = here.proxy.hold_back(b"late")
+            made = await call(here, "POST", f"{BASE}/session", {"workspace_id": "late"})
+            session = f"{BASE}/{made['session_id']}"
+            await call(here, "DELETE", session)
+            await deliver_too_late(held)
+            row.lost += (await here.client.get(session)).status_code != 404
+            row.lost += store.command("KEYS", f"*{made['session_id']}*") != []
+
+            held = here.proxy.hold_back(b"late")
+            await make_task(here, "late")
+            await call(here, "DELETE", f"{TASK}/late")
+            await deliver_too_late(held)
+            row.lost += (await here.client.get(f"{TASK}/late")).status_code != 404
+
+            held = here.proxy.hold_back(b"4321")
+            await call(here, "PATCH", CONFIG, {"cleanup_interval_s": 4321})
+            await call(here, "PATCH", CONFIG, {"cleanup_interval_s": 1234})
+            await deliver_too_late(held)
+            row.lost += (await call(here, "GET", CONFIG))["cleanup_interval_s"] != 1234
+            row.acknowledged += 6
+
+            for case in CASES.values():
+                held, _ = await send_late(here, case)
+                await send(here, case, case.newer)
+                store.command("DEL", Keys(hash_tag=False).session(here.session_id).ops)
+                there, events = await read(here, case.read), await events_of(here)
+                await deliver_too_late(held)
+                row.acknowledged += 2
+                row.lost += await read(here, case.read) != there
+                row.duplicated += await events_of(here) != events
+    assert (row.lost, row.duplicated) == (0, 0)
+
+
+async def deliver_too_late(held: Held) -> None:
+    """Deliver a packet when nobody waits for it any more."""
+    assert held.arrived.is_set()
+    await asyncio.sleep(USELESS_S)
+    assert b"late" in await held.deliver()
+
+
+async def make_task(here: Wired, task_id: str) -> None:
+    body = {"task_type": "image_analysis", "short_id": "s", "task_id": task_id}
+    await call(here, "POST", TASK, body)
+
+
+async def call(here: Wired, method: str, target: str, body: Any = None) -> Any:
+    answer = await here.client.request(method, target, json=body)
+    assert answer.is_success, answer.text
+    return answer.json()
 
 
 async def send_late(here: Wired, case: Case) -> tuple[Held, Any]:
@@ -85,15 +153,14 @@ async def send_late(here: Wired, case: Case) -> tuple[Held, Any]:
 
 
 async def send(here: Wired, case: Case, body: Any) -> Any:
-    answer = await here.client.request(case.method, fill(here, case.target), json=body)
-    assert answer.is_success, answer.text
-    return answer.json()
+    return await call(here, case.method, fill(here, case.target), body)
 
 
 async def read(here: Wired, target: str) -> Any:
-    answer = await here.client.get(fill(here, target))
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    shown = await call(here, "GET", fill(here, target))
+    # It counts down by itself.
+    shown.pop("eta_seconds", None)
+    return shown
 
 
 async def events_of(here: Wired) -> list[Any]:

@@ -300,5 +300,5 @@ class TestWhatIsWaitedFor:
     def test_what_is_neither_is_a_promise(self) -> None:
         changes = {name for name in SCRIPTS if "session" in files_of(name)}
         others = {"delete_session", "create_task", "change_task", "remove_task", "save_part"}
-        others |= {"mend_session", "claim_key", "write_mark", "add_job"}
+        others |= {"mend_session", "claim_key", "run_command", "add_job"}
         assert set(SCRIPTS) - READING - HINTS == changes | others

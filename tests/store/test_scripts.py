@@ -7,6 +7,7 @@ from itertools import count
 
 import pytest
 
+from app.clock import now_ms
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.gateway import Argument, Gateway
 from app.store.scripts import load_script
@@ -30,7 +31,7 @@ def included_by(name: str) -> list[str]:
 OPENINGS = {asked for name in SOURCES for asked in included_by(name)}
 """The files that are put before others; the rest are scripts that can be called."""
 
-ANSWERING = ("session", "tokens")
+ANSWERING = ("sending", "session", "tokens")
 """Those that may answer before the script that asks for them begins."""
 
 SCRIPTS = sorted(SOURCES.keys() - OPENINGS)
@@ -105,16 +106,26 @@ def test_an_opening_is_put_before_the_scripts_that_ask_for_it_and_counts_as_thei
 
 def test_an_opening_may_ask_for_others_and_each_stands_there_once() -> None:
     assert sorted(OPENINGS) == [
-        *("clock", "erase", "index", "parts", "room", "session", "status", "tasks", "tokens")
+        *("clock", "erase", "index", "parts", "room"),
+        *("sending", "session", "status", "tasks", "tokens"),
     ]
     assert files_of("set_status") == [
-        *("clock", "parts", "index", "session", "status", "set_status")
+        *("clock", "sending", "parts", "index", "session", "status", "set_status")
     ]
     assert files_of("create_session") == [
-        *("clock", "parts", "index", "room", "erase", "session", "create_session")
+        *("clock", "parts", "index", "room", "erase", "sending", "session", "create_session")
     ]
     assert files_of("read_body") == ["clock", "parts", "read_body"]
     assert files_of("read_draft") == ["read_draft"]
+
+
+def test_what_promises_something_opens_with_the_look_at_its_sending_and_nothing_else_does() -> None:
+    looking = {name for name in SCRIPTS if "sending" in files_of(name)}
+    assert looking == {name for name in SCRIPTS if load_script(name).is_promise}
+    for name in looking:
+        # Nothing is asked or written before it, the clock aside.
+        before = load_script(name).text.partition(SOURCES["sending"])[0]
+        assert re.findall(r"^(?!  |local function|--).*call\(", before, re.MULTILINE) == []
 
 
 def test_an_opening_of_definitions_answers_nothing() -> None:
@@ -144,7 +155,7 @@ class Session:
         request: IdempotentRequest | None = None,
     ) -> str:
         all_keys = [*self.keys[:4], *(self.keys.prefix + key for key in keys)]
-        head: list[Argument] = [f"op{next(self._operations)}", 1, 600_000, AT_MS]
+        head: list[Argument] = [f"op{next(self._operations)}", 600_000, AT_MS]
         if request is not None:
             all_keys.append(self.keys.idempotency(request.scope))
         head.append("" if request is None else request.fingerprint)
@@ -154,7 +165,10 @@ class Session:
         return await self._send(name, keys, args)
 
     async def _send(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> str:
-        answer = await self.gateway.command("EVAL", load_script(name).text, len(keys), *keys, *args)
+        script = load_script(name)
+        if script.is_promise:
+            args = [f"{now_ms()} 60000", *args]
+        answer = await self.gateway.command("EVAL", script.text, len(keys), *keys, *args)
         assert isinstance(answer, list), name
         assert isinstance(answer[0], bytes), name
         word = answer[0].decode()
@@ -380,6 +394,8 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     lost = await session.change("create_session", ["upload", "upload:t:1"], with_file)
     assert lost == "part_lost"
     assert await gateway.command("KEYS", "*") == []
+    assert await session.call("run_command", [gateway.keys.canary], ["SET", "a"]) == "ok"
+    assert await session.call("run_command", [gateway.keys.canary], ["DEL"]) == "ok"
     await drive_index(session)
     await drive_room(session)
     await drive_audit(session)

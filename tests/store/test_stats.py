@@ -55,7 +55,8 @@ async def load_sessions(
     """
     catalogue, script = settings.catalogue, load_script("create_session")
     seconds, microseconds = await ask(raw, "TIME")
-    newest_ms = at_ms or int(seconds) * 1000 + int(microseconds) // 1000
+    now_ms = int(seconds) * 1000 + int(microseconds) // 1000
+    newest_ms = at_ms or now_ms
     sha = await raw.script_load(script.text)
     names = [str(uuid.uuid4()) for _ in range(count)]
     for start in range(0, count, 1000):
@@ -64,7 +65,8 @@ async def load_sessions(
             keys = [f"onboarding:{name}:{key}" for key in ("metadata", "progress", "events", "ops")]
             created_ms = newest_ms - (count - 1 - number) * spread_ms
             arguments: list[Any] = [
-                *(*keys, name, 1, settings.session_ttl_s * 1000, created_ms, "", name),
+                *(*keys, f"{now_ms} 60000"),
+                *(name, settings.session_ttl_s * 1000, created_ms, "", name),
                 *(catalogue.pin, catalogue.total, 0, "refuse", "", "", 0),
                 *("language", "en", "custom", "{}", "workspace_id", f"w{number % 7}"),
             ]

@@ -1,10 +1,11 @@
+-- include sending.lua
 -- include tasks.lua
 -- Set the status of a task and begin its life anew, on those of its lists too that lie beside it.
 --
 -- KEYS  1 the task, then its lists, two keys each
--- ARGV  1 attempt (1 = first), 2 id of the operation that made the task, 3 life in ms, 4 entry,
---       5 how many of the lists, from the first, expire with their tasks, 6 status,
---       7 the statuses that it may follow, each between bars, 8 updated_at in Unix ms
+-- ARGV  1 the sending (sending.lua), 2 attempt (1 = first), 3 id of the operation that made the task,
+--       4 life in ms, 5 entry, 6 how many of the lists, from the first, expire with their tasks,
+--       7 status, 8 the statuses that it may follow, each between bars, 9 updated_at in Unix ms
 --
 -- Returns {'ok'}, {'not_found'} when the task is gone, another one with its id aside,
 --         {'invalid_transition', status}, {'damaged', key}
@@ -13,8 +14,8 @@
 -- gone takes it that an earlier sending did the work, before somebody removed it.
 
 local found = redis.call('HMGET', KEYS[1], 'operation', 'status')
-if found[1] ~= ARGV[2] then
-  if tonumber(ARGV[1]) > 1 then
+if found[1] ~= ARGV[3] then
+  if tonumber(ARGV[2]) > 1 then
     return {'ok'}
   end
   return {'not_found'}
@@ -22,11 +23,11 @@ end
 if not found[2] then
   return {'damaged', KEYS[1]}
 end
-if not string.find(ARGV[7], '|' .. found[2] .. '|', 1, true) then
+if not string.find(ARGV[8], '|' .. found[2] .. '|', 1, true) then
   return {'invalid_transition', found[2]}
 end
 check_lists(2)
-redis.call('HSET', KEYS[1], 'status', ARGV[6], 'updated_at', ARGV[8])
-redis.call('PEXPIREAT', KEYS[1], whole(now_ms + tonumber(ARGV[3])))
-enlist(2, tonumber(ARGV[5]), ARGV[4], tonumber(ARGV[3]))
+redis.call('HSET', KEYS[1], 'status', ARGV[7], 'updated_at', ARGV[9])
+redis.call('PEXPIREAT', KEYS[1], whole(now_ms + tonumber(ARGV[4])))
+enlist(2, tonumber(ARGV[6]), ARGV[5], tonumber(ARGV[4]))
 return {'ok'}

@@ -1,40 +1,42 @@
+-- include sending.lua
 -- include parts.lua
 -- Write the hashes of a damaged session anew, and remove what of it cannot be read.
 --
 -- KEYS  1 metadata, 2 progress, 3 events, 4 ops
--- ARGV  1 operation id, 2 lifetime in ms, 3 the caller's time in Unix ms, 4 count of changes that the
---       session had when it was read ('' = none that could be read), 5 number of names of keys to
---       remove, then these, then number of ids of events to remove, then these, then number of values
---       of the progress, then field and value of each, then field and value of the metadata
+-- ARGV  1 the sending (sending.lua), 2 operation id, 3 lifetime in ms, 4 the caller's time in Unix ms,
+--       5 count of changes that the session had when it was read ('' = none that could be read),
+--       6 number of names of keys to remove, then these, then number of ids of events to remove, then
+--       these, then number of values of the progress, then field and value of each, then field and
+--       value of the metadata
 --
--- Returns {'ok'}, {'changed'} when 4 does not hold any more
+-- Returns {'ok'}, {'changed'} when 5 does not hold any more
 --
 -- Safe to send twice: the operation id is kept in the progress that it wrote.
 
-if redis.pcall('HGET', KEYS[2], 'mended_by') == ARGV[1] then
+if redis.pcall('HGET', KEYS[2], 'mended_by') == ARGV[2] then
   return {'ok'}
 end
 local changes = redis.pcall('HGET', KEYS[2], 'changes')
-if (type(changes) == 'string' and changes or '') ~= ARGV[4] then
+if (type(changes) == 'string' and changes or '') ~= ARGV[5] then
   return {'changed'}
 end
 
 -- Both hashes are written beside the old ones first: a full store refuses that before anything is
 -- removed.
 local prefix = string.sub(KEYS[2], 1, -#'progress' - 1)
-local at = 5 + tonumber(ARGV[5])
+local at = 6 + tonumber(ARGV[6])
 local last_event = at + 1 + tonumber(ARGV[at + 1])
 local last = last_event + 1 + tonumber(ARGV[last_event + 1])
-local deadline = whole(store_time_ms() + tonumber(ARGV[2]))
+local deadline = whole(now_ms + tonumber(ARGV[3]))
 local progress, metadata = prefix .. 'mended:progress', prefix .. 'mended:metadata'
 redis.call('HSET', progress, unpack(ARGV, last_event + 2, last))
-redis.call('HSET', progress, 'mended_by', ARGV[1], 'updated_at', ARGV[3], 'deadline', deadline,
-  'changes', whole((string.find(ARGV[4], '^%d+$') and #ARGV[4] < 16 and tonumber(ARGV[4]) or 0) + 1))
+redis.call('HSET', progress, 'mended_by', ARGV[2], 'updated_at', ARGV[4], 'deadline', deadline,
+  'changes', whole((string.find(ARGV[5], '^%d+$') and #ARGV[5] < 16 and tonumber(ARGV[5]) or 0) + 1))
 redis.call('HSET', metadata, unpack(ARGV, last + 1))
 redis.call('PEXPIREAT', progress, deadline)
 redis.call('PEXPIREAT', metadata, deadline)
 
-for i = 6, at do
+for i = 7, at do
   for _, part in ipairs(parts_of(prefix .. ARGV[i])) do
     redis.call('DEL', part)
   end

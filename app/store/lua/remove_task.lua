@@ -1,9 +1,10 @@
+-- include sending.lua
 -- include tasks.lua
 -- Remove a task, and take it off those of its lists that lie beside it.
 --
 -- KEYS  1 the task, then its lists, two keys each
--- ARGV  1 attempt (1 = first), 2 id of the operation that made the task, 3 entry,
---       4 the statuses that it may have, each between bars ('' = any)
+-- ARGV  1 the sending (sending.lua), 2 attempt (1 = first), 3 id of the operation that made the task,
+--       4 entry, 5 the statuses that it may have, each between bars ('' = any)
 --
 -- Returns {'ok'}, {'not_found'} when the task is gone, another one with its id aside,
 --         {'invalid_transition', status}, {'damaged', key}
@@ -12,8 +13,8 @@
 -- earlier sending did the work.
 
 local found = redis.call('HMGET', KEYS[1], 'operation', 'status')
-if found[1] ~= ARGV[2] then
-  if tonumber(ARGV[1]) > 1 then
+if found[1] ~= ARGV[3] then
+  if tonumber(ARGV[2]) > 1 then
     return {'ok'}
   end
   return {'not_found'}
@@ -21,9 +22,9 @@ end
 if not found[2] then
   return {'damaged', KEYS[1]}
 end
-if ARGV[4] ~= '' and not string.find(ARGV[4], '|' .. found[2] .. '|', 1, true) then
+if ARGV[5] ~= '' and not string.find(ARGV[5], '|' .. found[2] .. '|', 1, true) then
   return {'invalid_transition', found[2]}
 end
 redis.call('DEL', KEYS[1])
-delist(2, ARGV[3])
+delist(2, ARGV[4])
 return {'ok'}

@@ -1,8 +1,8 @@
--- include clock.lua
+-- include sending.lua
 -- Keep a part of a body that is on its way, under its session's deadline.
 --
 -- KEYS  1 progress, 2 ops, 3 the part
--- ARGV  1 the bytes, 2 how long the body may be on its way in ms
+-- ARGV  1 the sending (sending.lua), 2 the bytes, 3 how long the body may be on its way in ms
 --
 -- Returns {'ok'}, {'not_found'}
 --
@@ -17,7 +17,7 @@ if redis.call('HGET', KEYS[2], 'part:' .. KEYS[3]) == 'kept' then
   -- A sending that was given up arrives after the body was placed.
   return {'ok'}
 end
-redis.call('SET', KEYS[3], ARGV[1], 'PXAT', deadline)
-redis.call('HSET', KEYS[2], 'part:' .. KEYS[3], whole(store_time_ms() + tonumber(ARGV[2])))
+redis.call('SET', KEYS[3], ARGV[2], 'PXAT', deadline)
+redis.call('HSET', KEYS[2], 'part:' .. KEYS[3], whole(now_ms + tonumber(ARGV[3])))
 redis.call('PEXPIREAT', KEYS[2], deadline)
 return {'ok'}

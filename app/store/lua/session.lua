@@ -1,3 +1,4 @@
+-- include sending.lua
 -- include parts.lua
 -- include index.lua
 -- The opening of every script that changes a session: put before those that ask for it.
@@ -7,7 +8,7 @@
 --
 -- KEYS  1 metadata, 2 progress, 3 events, 4 ops, from 5 the script's own;
 --       the record of the Idempotency-Key comes last, when there is one
--- ARGV  1 operation id, 2 attempt (1 = first), 3 lifetime in ms, 4 the caller's time in Unix ms,
+-- ARGV  1 the sending (sending.lua), 2 operation id, 3 lifetime in ms, 4 the caller's time in Unix ms,
 --       5 fingerprint of the request ('' = no Idempotency-Key), from 6 the script's own
 --
 -- Returns before the script begins: the first answer, when the operation id is remembered;
@@ -15,7 +16,8 @@
 -- {'damaged', key}, when the session's state or that record cannot be read.
 --
 -- Safe to send twice: an operation is remembered for 120 s at least by Redis' own clock, however
--- many others write, and a repeat is answered from memory before anything is looked at or changed.
+-- many others write, and a repeat is answered from memory before anything is looked at or changed. One
+-- that comes later than its sender waits does nothing, whatever has been forgotten or removed by then.
 --
 -- The keys of a session that a script does not name (all steps, when the lifetime moves on) are
 -- derived from the name of `progress`: they share the session's id and, under a hash tag, its slot.
@@ -23,7 +25,7 @@
 local METADATA, PROGRESS, EVENTS, OPS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local SESSION = string.match(PROGRESS, '^onboarding:(.*):progress$')
 local TOKENS = tokens_of('onboarding:' .. SESSION .. ':')
-local operation, lifetime_ms, at_ms, fingerprint = ARGV[1], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local operation, lifetime_ms, at_ms, fingerprint = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 
 local MEMORY_MS = 120000
 local IDEMPOTENCY_MS = 86400000
@@ -31,8 +33,6 @@ local EVENTS_KEPT = 1000
 -- All keys share one deadline, rounded up to 1/168 of the lifetime (an hour of seven days): only
 -- the write that crosses into the next step touches the keys of every other step.
 local DEADLINE_STEPS = 168
-
-local now_ms = store_time_ms()
 
 -- The memory of a session, in `ops`:
 --   <turn>:<operation>  its reply, a turn being 120 s long; looked up in this turn and the one before
