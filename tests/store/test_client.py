@@ -350,7 +350,7 @@ async def test_a_master_that_is_away_keeps_no_new_client_of_a_cluster_from_the_o
     nodes = tuple((HOST, node.port) for node in others)
     away.freeze()
     try:
-        async with client_of(StoreAddress("cluster", nodes=nodes), timeout_s=SHORT_S) as client:
+        async with client_of(StoreAddress("cluster", nodes=nodes), timeout_s=0.5) as client:
             assert await client.set("foo", "1")  # of the last third of the slots
     finally:
         away.thaw()
