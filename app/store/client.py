@@ -44,7 +44,7 @@ REDIRECTIONS = 5
 """How often a Cluster may send commands on to another node before that counts as a failure."""
 
 ALL_SENTINELS_S = 0.2
-"""How long all sentinels are waited for, in seconds; after that one that answered is enough."""
+"""How long all sentinels are waited for, in seconds; after that half of them is enough."""
 
 CANCEL_AGAIN_S = 0.1
 """How soon a task that did not end is cancelled again, in seconds."""
@@ -95,7 +95,7 @@ def make_client(
         host, port = address.nodes[0]
         kind = _TlsConnection if address.tls else _TcpConnection
         data |= {"connection_class": kind, "host": host, "port": port}
-    return Redis.from_pool(BlockingConnectionPool(**data))
+    return Redis.from_pool(_Pool(**data))
 
 
 async def send_and_wait(
@@ -134,9 +134,7 @@ async def leave_server(client: Redis | RedisCluster) -> None:
         if isinstance(client, _Cluster):
             client.look_again()
         return
-    pool: Any = client.connection_pool
-    await pool.update_active_connections_for_reconnect()
-    await pool.disconnect(inuse_connections=False)
+    await cast("_Pool", client.connection_pool).leave()
 
 
 async def close_client(client: Redis | RedisCluster) -> None:
@@ -176,7 +174,7 @@ def _further(address: StoreAddress) -> dict[str, Any]:
 def _sentinel_pool(
     address: StoreAddress, common: dict[str, Any], data: dict[str, Any], max_connections: int
 ) -> SentinelConnectionPool:
-    sentinels = _Sentinels(  # type: ignore[no-untyped-call]
+    sentinels = _Sentinels(
         address.nodes,
         sentinel_kwargs={
             "username": address.options.get("sentinel_username"),
@@ -252,7 +250,29 @@ class _SentinelTlsConnection(_Steady, SentinelManagedSSLConnection):
     pass
 
 
-class _WaitingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+class _Pool(BlockingConnectionPool):
+    """A pool that gets every connection back, whatever is cancelled.
+
+    redis-py closes a connection that is to be made anew while it holds the lock of the pool, and
+    waits until that is done: with TLS as long as the other end takes to agree. Who gives one back
+    meanwhile waits for that lock, and when they are cancelled there it counts as in use for ever.
+    Closed before that, and without a wait, nobody waits for the lock.
+    """
+
+    async def release(self, connection: AbstractConnection) -> None:
+        """Take a connection back."""
+        if connection.should_reconnect():  # type: ignore[no-untyped-call]
+            await connection.disconnect(nowait=True)
+        await super().release(connection)
+
+    async def leave(self) -> None:
+        """Have every connection made anew before it is used again. Waits for nobody."""
+        await self.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
+        for connection in self._available_connections:
+            await connection.disconnect(nowait=True)
+
+
+class _WaitingSentinelPool(SentinelConnectionPool, _Pool):
     """The Sentinel pool, waiting `timeout` seconds for a free connection like the blocking one."""
 
 
@@ -263,17 +283,22 @@ class _Sentinels(Sentinel):
     names that one for as long as this lasts, and so does, for a moment, one that has just started.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._asking: set[asyncio.Task[Any]] = set()
+
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         """Find the master. Raises MasterNotFoundError."""
         asking = [asyncio.create_task(_ask(each, service_name)) for each in self.sentinels]
-        try:
-            answered, waiting = await asyncio.wait(asking, timeout=ALL_SENTINELS_S)
-            while waiting and not any(each.result() for each in answered):
-                more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                answered |= more
-        finally:
-            for each in asking:
-                each.cancel()
+        for each in asking:
+            # Nobody gives up one that is slow: its connection would have to be made for each call,
+            # and where sentinels are far it would never be made in time.
+            self._asking.add(each)
+            each.add_done_callback(self._asking.discard)
+        answered, waiting = await asyncio.wait(asking, timeout=ALL_SENTINELS_S)
+        while waiting and 2 * sum(each.result() is not None for each in answered) < len(asking):
+            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            answered |= more
         last: dict[str, Any] = max(
             (state for each in answered if (state := each.result())), key=_rank, default={}
         )
@@ -281,12 +306,18 @@ class _Sentinels(Sentinel):
             raise MasterNotFoundError(f"No master found for {service_name!r}")
         return last["ip"], last["port"]
 
+    async def aclose(self) -> None:
+        """Close the connections to the sentinels."""
+        for each in list(self._asking):
+            await end_task(each)
+        await super().aclose()
+
 
 async def _ask(sentinel: Redis, service_name: str) -> dict[str, Any] | None:
     """Ask a sentinel what it knows of a master; None when it does not answer, or knows none."""
     try:
         masters: Any = await sentinel.sentinel_masters()
-    except RedisError:
+    except (RedisError, OSError):
         return None
     state: dict[str, Any] | None = masters.get(service_name)
     return state

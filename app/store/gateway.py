@@ -337,7 +337,12 @@ class Gateway:
                 number = attempt.retry_state.attempt_number
                 if number == 1:
                     raise first
-                answer = await send(number)
+                try:
+                    answer = await send(number)
+                except asyncio.CancelledError:
+                    # Nobody knows whether it would have been in vain.
+                    self._budget.give_back(number - 1)
+                    raise
                 self._budget.give_back(number - 1)
                 return answer
         raise AssertionError("tenacity reraises the last failure")

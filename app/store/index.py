@@ -16,6 +16,7 @@ import structlog
 from app.clock import now_ms
 from app.errors import OnboardingError
 from app.onboarding.retention import Capacity, DeleteReason
+from app.store.client import end_task
 
 if TYPE_CHECKING:
     from app.store.gateway import Gateway
@@ -24,6 +25,9 @@ log = structlog.get_logger()
 
 FOLLOW_S = 0.2
 """How long changes are gathered before the index follows them, in seconds."""
+
+LEAVE_S = 2.0
+"""How long a process that ends waits for the index to follow, in seconds."""
 
 AT_ONCE = 16
 """How many sessions are followed at a time."""
@@ -255,18 +259,22 @@ class IndexFollower:
         waiting[0].add(session_id)
 
     async def aclose(self) -> None:
-        """Have the index follow what this event loop has changed, now."""
+        """Have the index follow what this event loop has changed, now.
+
+        When the store is away, that is given up after `LEAVE_S`: the sweeper makes up for it.
+        """
         loop = asyncio.get_running_loop()
+        # Those that are no longer waited with use the connections that are about to be closed.
+        following = [task for task in self._following if task.get_loop() is loop]
         waiting = self._waiting.pop(loop, None)
         if waiting is not None:
             changed, task = waiting
             task.cancel()
-            await asyncio.wait([task])
-            await self._follow(changed)
-        # Those that are no longer waited with use the connections that are about to be closed.
-        following = [task for task in self._following if task.get_loop() is loop]
+            following.append(loop.create_task(self._follow(changed), name="index"))
         if following:
-            await asyncio.wait(following)
+            _, late = await asyncio.wait(following, timeout=LEAVE_S)
+            for task in late:
+                await end_task(task)
 
     async def _follow_soon(self, changed: set[str]) -> None:
         await asyncio.sleep(FOLLOW_S)

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 import uvloop
 
 from app.clock import monotonic_s
+from app.errors import StoreError
 from tests.faults.proxy import Proxy
 from tests.faults.report import Row
 from tests.faults.servers import HOST, Valkey, wait_until
@@ -193,3 +194,23 @@ def own_tasks() -> set[Any]:
 
 def follows(replica: Valkey) -> bool:
     return bool(replica.command("INFO", "replication")["master_link_status"] == "up")
+
+
+async def test_a_pool_loses_no_connection_when_its_server_is_left(tmp_path: Path) -> None:
+    """Each write to a demoted master has all connections made anew, under whoever is cancelled."""
+    with Valkey.start(tmp_path / "store") as store:
+        async with working_at(f"redis://{HOST}:{store.port}/0") as place:
+            store.command("REPLICAOF", HOST, 1)
+            lots = random.Random(1)
+
+            async def call(number: int) -> None:
+                with suppress(StoreError, TimeoutError):
+                    async with asyncio.timeout(lots.random() * 0.05):
+                        if number % 2:
+                            await place.gateway.write("SET", "k", number)
+                        else:
+                            await place.gateway.command("GET", "k")
+
+            for _ in range(10):
+                await asyncio.gather(*map(call, range(200)))
+            assert place.gateway.describe_pool()["in_use"] == 0

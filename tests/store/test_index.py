@@ -723,3 +723,16 @@ async def test_the_index_follows_a_write_of_which_nobody_was_told(proxy: Proxy) 
         await place.gateway.aclose()
         funnel = place.gateway.keys.index(f"funnel:{CATALOGUE.pin}")
         assert await place.gateway.command("HGET", funnel, "saved:9") == b"1"
+
+
+async def test_a_process_that_ends_waits_for_no_store_that_is_away(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.store.index.LEAVE_S", 0.1)
+    url = f"redis://{proxy.host}:{proxy.port}/0"
+    async with working_at(url, key_hash_tag="on", redis_timeout_s=20.0) as place:
+        await prepare(place.manager)
+        proxy.hold()
+        async with asyncio.timeout(5):
+            await place.gateway.aclose()
+        proxy.release()
