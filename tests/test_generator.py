@@ -10,7 +10,7 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.generator import digest_section, facts_of, sort_into_sections
+from app.generator import digest_section, facts_of, main, sort_into_sections
 from app.settings import load_settings
 from tests.onboarding.json_texts import objects
 
@@ -168,3 +168,33 @@ def test_the_digest_is_the_same_for_equal_answers_however_they_are_ordered(
 )
 def test_the_digest_is_another_for_other_answers(other: list[Answers]) -> None:
     assert digest_section(1, other)["digest"] != digest_section(1, [step(1, {"a": 1})])["digest"]
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["soon", "nan", "1e30", "0"])
+def test_a_time_to_take_over_that_is_none_is_refused(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["generator", f"--take-over-after={wrong}"])
+
+    with pytest.raises(SystemExit) as refused:
+        main()
+
+    assert refused.value.code == 2
+    assert "--take-over-after" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_settings_that_cannot_be_used_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["generator"])
+    monkeypatch.setenv("REDIS_URL", "http://example.com")
+    monkeypatch.setenv("ONBOARDING_RETRY_ATTEMPTS", "0")
+
+    assert main() == 2
+
+    [line] = capsys.readouterr().err.splitlines()
+    assert "REDIS_URL" in line
+    assert "ONBOARDING_RETRY_ATTEMPTS" in line

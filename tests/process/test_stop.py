@@ -168,23 +168,6 @@ def test_nothing_is_said_on_stderr(stop: Stop) -> None:
 # Other signals
 
 
-@pytest.mark.parametrize("to", ["process", "group"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_sigint_ends_it_without_the_drain(start: StartService, workers: int, to: str) -> None:
-    service = start(WEB_CONCURRENCY=str(workers), ONBOARDING_DRAIN_S="4")
-    service.wait_until_ready(workers)
-    assert len(service.stores()) == 1
-
-    send = service.send if to == "process" else service.send_to_group
-    send(signal.SIGINT)
-
-    assert service.wait_for_exit(3.0) == 0
-    assert service.leaves_nothing_running()
-    assert service.stderr == ""
-    assert service.events.count("process_stopped") == workers
-    assert service.events[-1] == "service_stopped"
-
-
 def test_sigint_answers_the_request_in_flight(start: StartService) -> None:
     service = start().wait_until_it_answers()
     with service.client() as client:
@@ -213,20 +196,6 @@ def test_ctrl_c_cuts_the_drain_short(start: StartService, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_second_sigterm_does_no_harm(start: StartService, workers: int) -> None:
-    service = start(WEB_CONCURRENCY=str(workers), ONBOARDING_DRAIN_S="0.5")
-    service.wait_until_ready(workers)
-    service.send(signal.SIGTERM)
-    service.wait_for_event("drain_started", count=workers)
-
-    service.send(signal.SIGTERM)
-
-    assert service.wait_for_exit(5.0) == 0
-    assert service.leaves_nothing_running()
-    assert service.stderr == ""
-
-
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_right_after_the_start_is_not_lost(
     start: StartService, number: signal.Signals, workers: int
@@ -239,36 +208,3 @@ def test_a_signal_right_after_the_start_is_not_lost(
     service.wait_for_exit(4.0)
     assert service.leaves_nothing_running()
     assert "Traceback" not in service.stderr
-
-
-# Several workers, one store
-
-
-@pytest.fixture
-def pair(start: StartService) -> ServiceProcess:
-    """Give a service of two workers."""
-    return start(WEB_CONCURRENCY="2", ONBOARDING_DRAIN_S="0").wait_until_ready(2)
-
-
-def test_two_workers_share_one_embedded_store(pair: ServiceProcess) -> None:
-    first, second = pair.workers()
-    assert len(pair.stores()) == 1
-
-    # While one worker stands still, the other one takes every new connection.
-    with frozen(second), pair.client() as client:
-        session_id = begin_session(client)
-        assert save_step(client, session_id, 1, a=1).status_code == 200
-    with frozen(first), pair.client() as client:
-        assert client.get(f"{BASE}/{session_id}/steps/1").json()["data"] == {"a": 1}
-        assert save_step(client, session_id, 1, a=2).json()["version"] == 2
-    with frozen(second), pair.client() as client:
-        assert client.get(f"{BASE}/{session_id}/steps/1").json()["data"] == {"a": 2}
-
-
-def test_a_session_is_read_through_every_connection(pair: ServiceProcess) -> None:
-    with pair.client() as client:
-        session_id = begin_session(client)
-
-    found = [pair.get(f"{BASE}/{session_id}").status_code for _ in range(20)]
-
-    assert found == [200] * 20

@@ -18,7 +18,7 @@ from tests.store.sessions import Manager, working_at
 pytestmark = linux_only
 
 KILLS = 20
-SESSIONS = 50
+SESSIONS = 30
 LEASE_S = 0.02
 """So soon the next one may sweep."""
 
