@@ -29,7 +29,7 @@ class Book:
 
     async def wait_for(self, *, running: int | None = None, closed: int | None = None) -> None:
         """Wait until so many run, or so many were closed."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while running not in (None, self.running) or closed not in (None, self.closed):
                 await asyncio.sleep(0.001)
 
