@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import pickle
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from functools import cache
@@ -17,6 +19,8 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
+from app.onboarding.catalogue import Catalogue
+from app.onboarding.guide import Guide, QuestionEntry, parse_questions
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.settings import Settings, load_settings, variable_of
 from app.store.connect import connect
@@ -35,18 +39,37 @@ NOON_S = 1_767_268_800.0
 """The moment at which the clock of tests begins, in Unix seconds."""
 
 
-@cache
+_VARIABLES = {"SESSION_TTL", *map(variable_of, Settings.model_fields)}
+_LOADED: dict[bytes, Settings] = {}
+
+
 def known_settings(**overrides: Any) -> Settings:
-    """Load settings once: no variable of a test says otherwise, and nothing changes them."""
-    return load_settings(**overrides)
+    """Load settings, equal ones once: that takes longer than many a test, and nothing changes them.
+
+    They are made of the environment and of these alone; a file that is named may be another one by
+    the next time.
+    """
+    set_now = {name: value for name, value in os.environ.items() if name in _VARIABLES}
+    if any(name.lower().endswith("_file") for name in (*overrides, *set_now)):
+        return load_settings(**overrides)
+    key = pickle.dumps((set_now, overrides))
+    if key not in _LOADED:
+        _LOADED[key] = load_settings(**overrides)
+    return _LOADED[key]
 
 
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session")
+def for_all() -> Iterator[pytest.MonkeyPatch]:
+    """Change something for all tests, before the first one."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield monkeypatch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_settings_from_outside(for_all: pytest.MonkeyPatch) -> None:
     """Keep the environment of whoever runs the tests out of them."""
-    for name in Settings.model_fields:
-        monkeypatch.delenv(variable_of(name), raising=False)
-    monkeypatch.delenv("SESSION_TTL", raising=False)
+    for name in _VARIABLES:
+        for_all.delenv(name, raising=False)
 
 
 def pytest_collection_finish() -> None:
@@ -56,17 +79,26 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def what_never_changes_is_read_once() -> Iterator[None]:
-    """Read the machine's certificates and the version of redis-py once.
+def what_never_changes_is_read_once(for_all: pytest.MonkeyPatch) -> None:
+    """Read the machine's certificates and the version of redis-py once, and index the guide once.
 
-    The libraries read the one for every HTTP client and the other for every connection, which takes
-    longer than most tests.
+    The libraries read the one for every HTTP client and the other for every connection, and every
+    service indexes the same texts, which takes longer than most tests.
     """
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        once = cache(httpcore2.default_ssl_context)
-        monkeypatch.setattr(httpcore2, "default_ssl_context", once)
-        monkeypatch.setattr(redis.utils, "get_lib_version", cache(redis.utils.get_lib_version))
-        yield
+    # The questions are kept with their guide, so that no others get their id.
+    guides: dict[tuple[str, int], tuple[Guide, tuple[QuestionEntry, ...]]] = {}
+
+    def guide_to(catalogue: Catalogue, questions: tuple[QuestionEntry, ...]) -> Guide:
+        key = (catalogue.pin, id(questions))
+        if key not in guides:
+            guides[key] = Guide(catalogue, questions), questions
+        return guides[key][0]
+
+    for_all.setattr("app.settings.parse_questions", cache(parse_questions))
+    for_all.setattr("app.services.assistant.Guide", guide_to)
+    once = cache(httpcore2.default_ssl_context)
+    for_all.setattr(httpcore2, "default_ssl_context", once)
+    for_all.setattr(redis.utils, "get_lib_version", cache(redis.utils.get_lib_version))
 
 
 def nap(delay_s: float) -> Coroutine[Any, Any, None]:
@@ -78,27 +110,28 @@ HASTY = SimpleNamespace(**{**vars(asyncio), "sleep": nap})
 """asyncio for who need not wait."""
 
 
-@pytest.fixture(autouse=True)
-def hasty_server(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def hasty_server(for_all: pytest.MonkeyPatch) -> None:
     """Take the waits out of servers that tests start and stop in their own loop.
 
-    uvicorn looks ten times a second whether it should end, and waits a tenth before it does. We
-    wait 2 s for a store that is away, to leave the record of what was done there.
+    uvicorn waits a tenth of a second before it ends, and as long between two looks at the
+    connections that are still open. We wait 2 s for a store that is away, to leave the record of
+    what was done there.
     """
-    monkeypatch.setattr("uvicorn.server.asyncio", HASTY)
-    monkeypatch.setattr("app.services.audit.LEAVE_S", 0.3)
+    for_all.setattr("uvicorn.server.asyncio", HASTY)
+    for_all.setattr("app.services.audit.LEAVE_S", 0.3)
 
 
-@pytest.fixture(autouse=True)
-def no_sweeps_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def no_sweeps_beside(for_all: pytest.MonkeyPatch) -> None:
     """Let nothing sweep in the background of a test that counts commands, or looks at all keys."""
-    monkeypatch.setattr("app.services.sweeper.LOOK_EVERY_S", 3600.0)
+    for_all.setattr("app.services.sweeper.LOOK_EVERY_S", 3600.0)
 
 
-@pytest.fixture(autouse=True)
-def patient_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def patient_limits(for_all: pytest.MonkeyPatch) -> None:
     """Let a busy machine be no reason to let more through than a limit says."""
-    monkeypatch.setattr("app.store.limits.TAKE_S", 30.0)
+    for_all.setattr("app.store.limits.TAKE_S", 30.0)
 
 
 @pytest.fixture
@@ -145,7 +178,7 @@ async def serve(settings: Settings) -> AsyncIterator[Callable[..., Any]]:
     async with AsyncExitStack() as stack:
 
         async def start(**overrides: Any) -> AsyncClient:
-            changed = load_settings(**{**settings.model_dump(), **overrides})
+            changed = known_settings(**{**settings.model_dump(exclude_unset=True), **overrides})
             return await stack.enter_async_context(serving(changed))
 
         yield start

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import uvicorn
 from httpx2 import AsyncClient
@@ -14,10 +14,29 @@ from app.settings import Settings
 BASE = "/api/v1/onboarding"
 
 
+class Server(uvicorn.Server):
+    """uvicorn, but that it is told to end instead of looking whether it should."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told = asyncio.Event()
+
+    def end(self) -> None:
+        """End in order."""
+        self.should_exit = True
+        self._told.set()
+
+    async def main_loop(self) -> None:
+        # Each look tells what time it is, in the header of every answer.
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), 1.0)
+
+
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[AsyncClient]:
     """Serve with these settings for the length of a block; gives a client for it."""
-    server = uvicorn.Server(make_config(create_app(settings)))
+    server = Server(make_config(create_app(settings)))
     with listen("127.0.0.1", 0) as listener:
         host, port = listener.getsockname()
         # Not serve(): it would take the signals of the test run.
@@ -31,5 +50,5 @@ async def serving(settings: Settings) -> AsyncIterator[AsyncClient]:
             async with AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as client:
                 yield client
         finally:
-            server.should_exit = True
+            server.end()
             await task

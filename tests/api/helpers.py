@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -307,21 +307,30 @@ async def ask(raw: Redis, *parts: str | bytes | int) -> Any:
 
 async def dump(raw: Redis) -> dict[str, tuple[str, Any]]:
     """Give every key with its type and value, but for the health probe's and the record."""
-    found: dict[str, tuple[str, Any]] = {}
-    async for key in raw.scan_iter(count=1000):
-        if key.startswith((b"onboarding:canary", b"onboarding:index:audit")):
-            continue
-        kind = (await ask(raw, "TYPE", key)).decode()
-        read = {
-            "string": ("GET", key),
-            "hash": ("HGETALL", key),
-            "stream": ("XRANGE", key, "-", "+"),
-            "set": ("SMEMBERS", key),
-            "zset": ("ZRANGE", key, 0, -1, "WITHSCORES"),
-            "list": ("LRANGE", key, 0, -1),
-        }[kind]
-        found[key.decode()] = (kind, await ask(raw, *read))
-    return found
+    beside = (b"onboarding:canary", b"onboarding:index:audit")
+    keys = [key async for key in raw.scan_iter(count=1000) if not key.startswith(beside)]
+    kinds = [kind.decode() for kind in await _ask_all(raw, [("TYPE", key) for key in keys])]
+    values = await _ask_all(raw, [_READ[kind](key) for key, kind in zip(keys, kinds, strict=True)])
+    return {
+        key.decode(): (kind, value) for key, kind, value in zip(keys, kinds, values, strict=True)
+    }
+
+
+_READ: dict[str, Callable[[bytes], tuple[str | bytes | int, ...]]] = {
+    "string": lambda key: ("GET", key),
+    "hash": lambda key: ("HGETALL", key),
+    "stream": lambda key: ("XRANGE", key, "-", "+"),
+    "set": lambda key: ("SMEMBERS", key),
+    "zset": lambda key: ("ZRANGE", key, 0, -1, "WITHSCORES"),
+    "list": lambda key: ("LRANGE", key, 0, -1),
+}
+
+
+async def _ask_all(raw: Redis, asked: list[tuple[str | bytes | int, ...]]) -> list[Any]:
+    async with raw.pipeline(transaction=False) as pipeline:
+        for parts in asked:
+            pipeline.execute_command(*parts)
+        return list(await pipeline.execute())
 
 
 async def keys_of(raw: Redis, session_id: str) -> list[str]:

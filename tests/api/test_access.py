@@ -15,9 +15,10 @@ from app.api.routes import OPERATIONS
 from app.clock import now_ms
 from app.main import create_app
 from app.onboarding.access import Access, Scope
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from tests.access import AUTH, Headers, bearer, machine, user
 from tests.api.helpers import answer_of, problem_of, unknown_id
+from tests.conftest import known_settings
 from tests.service import BASE, serving
 
 BODIES: dict[str, Any] = {
@@ -162,13 +163,15 @@ class Guarded:
 
 @pytest.fixture
 async def guarded(settings: Settings) -> AsyncIterator[Guarded]:
-    async with serving(load_settings(**{**settings.model_dump(), **AUTH})) as api:
+    async with serving(
+        known_settings(**{**settings.model_dump(exclude_unset=True), **AUTH})
+    ) as api:
         yield Guarded(api)
 
 
 def test_no_route_leads_past_the_question_who_may() -> None:
     asked = set()
-    for route in create_app(load_settings()).routes:
+    for route in create_app(known_settings()).routes:
         assert isinstance(route, RoutedPath)
         assert isinstance(route.endpoint, Resource)
         for method, endpoint in route.endpoint.endpoints.items():

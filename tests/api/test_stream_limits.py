@@ -11,8 +11,9 @@ from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
 from app.server import listen
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from tests.api.helpers import GET_PROGRESS, PROBLEM, Answers, answer_of, ask, create, unknown_id
+from tests.conftest import known_settings
 from tests.events import EventSource, following
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Valkey
@@ -163,7 +164,9 @@ async def test_a_client_that_leaves_before_its_stream_begins_keeps_no_place(
     async with Proxy(valkey.port) as proxy:
         url = f"redis://{proxy.host}:{proxy.port}/0"
         changed = {"redis_url": url, "max_streams": 1}
-        async with serving(load_settings(**{**settings.model_dump(), **changed})) as api:
+        async with serving(
+            known_settings(**{**settings.model_dump(exclude_unset=True), **changed})
+        ) as api:
             session_id = await create(api)
             await wait_until_free(api, session_id)
             async with asyncio.timeout(5):
@@ -265,7 +268,7 @@ async def test_streams_that_wait_for_the_store_leave_connections_to_the_others(
     """More streams look at their logs at once than there are connections."""
     async with Proxy(valkey.port) as proxy, AsyncExitStack() as stack:
         url = f"redis://{proxy.host}:{proxy.port}/0"
-        slow = load_settings(**{**settings.model_dump(), "redis_url": url})
+        slow = known_settings(**{**settings.model_dump(exclude_unset=True), "redis_url": url})
         api = await stack.enter_async_context(serving(slow))
         sessions = [await create(api) for _ in range(60)]
         for session_id in sessions:

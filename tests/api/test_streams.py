@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from app.api.events import BEAT_S
 from app.services.manager import make_manager
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from tests.api.helpers import (
     DELETE_SESSION,
@@ -35,7 +35,7 @@ from tests.api.helpers import (
     save,
     unknown_id,
 )
-from tests.conftest import QUICKLY, UNLIMITED
+from tests.conftest import QUICKLY, UNLIMITED, known_settings
 from tests.events import Event, EventSource, StreamEndedError, following
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Valkey
@@ -657,7 +657,7 @@ def behind(settings: Settings, proxy: Proxy, **further: Any) -> Settings:
     """Change the settings so that a proxy stands before the store."""
     url = f"redis://{proxy.host}:{proxy.port}/0"
     changed = {"redis_url": url, "redis_timeout_s": 0.3, "retry_attempts": 2, **further}
-    return load_settings(**{**settings.model_dump(), **changed})
+    return known_settings(**{**settings.model_dump(exclude_unset=True), **changed})
 
 
 async def test_an_unreachable_store_ends_no_stream_and_loses_nothing(
@@ -755,7 +755,7 @@ async def test_comments_go_on_while_the_store_hangs(
 
 async def test_a_restarted_store_ends_no_stream_and_loses_nothing(tmp_path: Path) -> None:
     with Valkey.start(tmp_path, appendonly=True, appendfsync="always") as store:
-        settings = load_settings(redis_url=store.url, retry_attempts=8, **QUICKLY, **UNLIMITED)
+        settings = known_settings(redis_url=store.url, retry_attempts=8, **QUICKLY, **UNLIMITED)
         async with serving(settings) as api:
             session_id = await create(api)
             async with following(api.base_url, session_id) as stream:

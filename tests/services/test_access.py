@@ -22,10 +22,9 @@ from app.services.access import KEPT_MS, REMEMBERED, AccessService, make_access_
 from app.services.keyring import Keyring, make_keyring
 from app.services.manager import make_manager
 from app.services.tokens import TokenService
-from app.settings import load_settings
 from app.store.gateway import Gateway
 from tests.access import AUTH, user
-from tests.conftest import fake_gateway
+from tests.conftest import fake_gateway, known_settings
 
 ADA = Principal(Kind.USER, "ada", "acme")
 
@@ -36,7 +35,7 @@ class House:
     def __init__(self, access: AccessService, gateway: Gateway) -> None:
         self.access = access
         self.gateway = gateway
-        self.manager = make_manager(gateway, load_settings())
+        self.manager = make_manager(gateway, known_settings())
         self.tokens = TokenService(gateway, self.manager)
 
     async def begin(self, user_id: str = "ada") -> tuple[str, bytes]:
@@ -48,7 +47,7 @@ class House:
 @pytest.fixture
 def house() -> House:
     gateway = fake_gateway()
-    return House(make_access_service(gateway, load_settings(**AUTH)), gateway)
+    return House(make_access_service(gateway, known_settings(**AUTH)), gateway)
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def as_bytes(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 async def test_without_access_control_everybody_is_anyone_whatever_they_show() -> None:
-    access = make_access_service(fake_gateway(), load_settings())
+    access = make_access_service(fake_gateway(), known_settings())
     for headers in ([], shown(b"Bearer x"), shown(b"x") * 2):
         assert await access.identify(headers) is ANYONE
 
@@ -139,7 +138,7 @@ class Turning(Keyring):
 
 
 async def test_what_was_verified_with_keys_that_were_withdrawn_counts_no_more() -> None:
-    keyring = make_keyring(load_settings(**AUTH))
+    keyring = make_keyring(known_settings(**AUTH))
     assert keyring is not None
     turning = Turning(keyring._rules)
     access = AccessService(fake_gateway(), enabled=True, keyring=turning)

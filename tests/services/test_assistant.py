@@ -32,12 +32,11 @@ from app.services.assistant import (
     make_assistant,
 )
 from app.services.manager import OnboardingSessionManager, make_manager
-from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests import agents
 from tests.agents import AGENT, Book, RehearsedFactory
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.faults.servers import HOST, Valkey, free_ports
 
 Manager = OnboardingSessionManager
@@ -62,7 +61,7 @@ def gateway() -> Gateway:
 
 @pytest.fixture
 def manager(gateway: Gateway) -> Manager:
-    return make_manager(gateway, load_settings())
+    return make_manager(gateway, known_settings())
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def make(gateway: Gateway, manager: Manager, book: Book) -> Make:
 @pytest.fixture
 def guide(gateway: Gateway) -> AssistantService:
     """Give a service with the built-in agent."""
-    return make_assistant(gateway, load_settings())
+    return make_assistant(gateway, known_settings())
 
 
 async def hear_all(answering: Answering) -> list[Any]:
@@ -200,7 +199,7 @@ async def test_a_store_that_is_away_is_an_error_and_no_answer(
     valkey: Valkey, session_id: str, book: Book
 ) -> None:
     [port] = free_ports(1)
-    settings = load_settings(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1, **QUICKLY)
+    settings = known_settings(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1, **QUICKLY)
     service = make_assistant(connect(settings), settings)
     with pytest.raises(StoreUnavailableError):
         await service.ask(session_id, "What is a draft?")
@@ -535,9 +534,9 @@ async def test_a_session_is_answered_from_the_catalogue_that_it_began_with(
     step: dict[str, Any] = {"id": 1, "key": "a", "title": "Orchard", "phase": 1, "required": True}
     step["help"] = "Count your apple trees."
     file = steps_file(json.dumps({"version": "7", "steps": [step]}))
-    settings = load_settings(steps_file=file)
+    settings = known_settings(steps_file=file)
     other = await make_manager(gateway, settings).create_session(workspace_id="w")
-    service = make_assistant(gateway, load_settings())
+    service = make_assistant(gateway, known_settings())
     for _ in range(2):
         answer = await service.ask(other, "How many apple trees?")
         assert (answer["answer"], answer["step_id"]) == (
@@ -553,7 +552,7 @@ async def test_a_session_is_answered_from_the_catalogue_that_it_began_with(
 async def test_a_question_that_is_asked_again_is_worked_once(
     session_id: str, manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    factory = GuideFactory(manager.catalogue, load_settings().questions)
+    factory = GuideFactory(manager.catalogue, known_settings().questions)
     results = await asyncio.gather(
         *(factory.answer(manager.catalogue, text) for text in ("a draft?", "What is a DRAFT"))
     )
@@ -584,7 +583,7 @@ def test_it_can_be_had_by_name_in_one_event_loop_after_the_other(
     assert get_assistant() is get_assistant()
 
     async def use() -> tuple[int, int]:
-        settings = load_settings()
+        settings = known_settings()
         manager = make_manager(connect(settings), settings)
         session_id = await manager.create_session(workspace_id="w")
         questions = [module.ask(session_id, "What is a draft?") for _ in range(12)]
@@ -607,5 +606,5 @@ def test_the_factory_that_a_deployer_names_is_made_once(
     get_assistant()
     get_assistant.cache_clear()
     get_assistant()
-    assert load_settings().load_agent_factory() is agents.MADE[-1]
+    assert known_settings().load_agent_factory() is agents.MADE[-1]
     assert len(agents.MADE) in {made, 1}

@@ -20,7 +20,7 @@ from app.onboarding.tasks import TASK_RULES
 from app.services.manager import make_manager
 from app.services.retention import RetentionService, make_retention_service
 from app.services.tasks import TaskService
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from tests.api.helpers import ask
 from tests.conftest import fake_gateway, known_settings
@@ -107,7 +107,7 @@ async def house(request: pytest.FixtureRequest, settings: Settings) -> AsyncIter
     """Give the services on the fake store and on the real one, with and without hash tags."""
     kind, _, tagged = request.param.partition(" ")
     tag = "on" if tagged else "off"
-    chosen = load_settings(**{**settings.model_dump(), "key_hash_tag": tag})
+    chosen = known_settings(**{**settings.model_dump(exclude_unset=True), "key_hash_tag": tag})
     server = FakeServer()
     gateway = fake_gateway(server, key_hash_tag=tag) if kind == "fakeredis" else connect(chosen)
     yield House(Place(make_manager(gateway, chosen), gateway))

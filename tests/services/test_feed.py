@@ -18,7 +18,7 @@ from app.services import feed
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.services.retention import RetentionService, make_retention_service
 from app.services.tasks import TaskService
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import NOON_S, fake_gateway, known_settings
@@ -126,7 +126,7 @@ async def test_every_type_of_event_is_told_with_what_it_is_about(
 
 async def test_the_end_of_a_session_is_told_by_what_ended_it() -> None:
     with time_machine.travel(NOON_S, tick=False) as clock:
-        chosen = load_settings(
+        chosen = known_settings(
             max_sessions=2,
             capacity_policy="evict_oldest",
             expiry_rules='[{"status": "error", "older_than_hours": 1, "since": "ended"}]',
@@ -381,7 +381,9 @@ async def test_a_registration_while_the_store_is_away_holds_once_it_is_back_or_e
 async def test_with_hash_tags_everything_is_told_once_soon_after(
     settings: Settings, raw: Redis
 ) -> None:
-    chosen = load_settings(**{**settings.model_dump(), "key_hash_tag": "on", "max_sessions": 2})
+    chosen = known_settings(
+        **{**settings.model_dump(exclude_unset=True), "key_hash_tag": "on", "max_sessions": 2}
+    )
     gateway = connect(chosen)
     service = make_service(gateway)
     place = Place(make_manager(gateway, chosen), gateway)

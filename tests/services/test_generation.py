@@ -33,9 +33,9 @@ from app.services.generation import (
     get_generation_service,
 )
 from app.services.manager import OnboardingSessionManager, make_manager
-from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
+from tests.conftest import known_settings
 from tests.faults.servers import Valkey
 from tests.services.test_session_machine import answers as documents
 
@@ -124,7 +124,7 @@ def test_the_names_of_the_module_are_those_of_the_service_of_the_process() -> No
         await manager.aclose()
         return seen
 
-    chosen = load_settings()
+    chosen = known_settings()
     manager = make_manager(connect(chosen), chosen)
     # Twice: a service outlives the event loop that it was first used in.
     for _ in range(2):
@@ -459,7 +459,7 @@ class Bench(NamedTuple):
 
 @pytest.fixture(scope="module")
 def bench(valkey: Valkey) -> Iterator[Bench]:
-    chosen = load_settings(redis_url=valkey.url)
+    chosen = known_settings(redis_url=valkey.url)
     gateway = connect(chosen)
     manager = make_manager(gateway, chosen)
     service = make_service(gateway, manager)

@@ -11,12 +11,11 @@ from app.clock import now_ms
 from app.errors import CorruptRecordError, InvalidTransitionError, SessionNotFoundError
 from app.onboarding.events import BEFORE_ALL
 from app.onboarding.retention import DeleteReason
-from app.settings import load_settings
 from app.store.connect import connect
 from app.store.feed import FeedStore
 from app.store.index import SessionIndex
 from app.testing import TryoutManager, create_mock_session
-from tests.conftest import QUICKLY
+from tests.conftest import QUICKLY, known_settings
 from tests.faults.servers import Valkey
 
 RULES = '[{"older_than_hours": 1}]'
@@ -28,7 +27,7 @@ async def manager(
     request: pytest.FixtureRequest, raw: Redis, valkey: Valkey
 ) -> AsyncIterator[TryoutManager]:
     """Give a manager, without hash tags and with them, and everything that works beside it."""
-    settings = load_settings(
+    settings = known_settings(
         redis_url=valkey.url, key_hash_tag=request.param, expiry_rules=RULES, **QUICKLY
     )
     manager = TryoutManager(connect(settings), settings)
@@ -99,7 +98,7 @@ async def test_a_body_that_says_to_have_endless_parts_is_removed_with_its_sessio
 async def test_a_session_that_is_gone_does_not_come_back_by_facts_that_were_read_before(
     raw: Redis, valkey: Valkey
 ) -> None:
-    settings = load_settings(redis_url=valkey.url, key_hash_tag="on", **QUICKLY)
+    settings = known_settings(redis_url=valkey.url, key_hash_tag="on", **QUICKLY)
     manager = TryoutManager(connect(settings), settings)
     index = SessionIndex(manager.gateway)
     session_id = await manager.create_session(workspace_id="w1")

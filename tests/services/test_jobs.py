@@ -19,11 +19,11 @@ from app.services.files import make_file_service
 from app.services.generation import GenerationService, ProgressReporter
 from app.services.jobs import JobService, get_job_service
 from app.services.manager import OnboardingSessionManager, make_manager
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.jobs import JobStore
 from tests.api.helpers import ask
-from tests.conftest import QUICKLY
+from tests.conftest import QUICKLY, known_settings
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Valkey
 
@@ -168,7 +168,7 @@ async def open_office(raw: Redis, valkey: Valkey) -> AsyncIterator[Callable[...,
 
         def make(**overrides: Any) -> Office:
             settings = {"redis_url": valkey.url, **QUICKLY, **overrides}
-            return Office(load_settings(**settings), stack)
+            return Office(known_settings(**settings), stack)
 
         yield make
 

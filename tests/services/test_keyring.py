@@ -24,8 +24,7 @@ from app.errors import KeysUnavailableError, UnauthenticatedError
 from app.onboarding.access import Kind, Principal
 from app.onboarding.jwt import Verified
 from app.services.keyring import ASK_AGAIN_S, MOST_BYTES, Keyring, make_keyring
-from app.settings import load_settings
-from tests.conftest import NOON_S
+from tests.conftest import NOON_S, known_settings
 from tests.faults.servers import HOST
 
 SECRET = "a secret of thirty-two bytes or more"
@@ -97,7 +96,7 @@ def keyring(algorithms: str = "ES256", key: str | None = None, **settings: Any) 
     chosen = {"jwt_issuer": ISSUER, "jwt_audience": AUDIENCE, **settings}
     if "jwt_jwks_url" not in chosen:
         chosen["jwt_key"] = key or pem(key_for("ES256"))
-    made = make_keyring(load_settings(jwt_algorithms=algorithms, **chosen))
+    made = make_keyring(known_settings(jwt_algorithms=algorithms, **chosen))
     assert made is not None
     return made
 
@@ -445,7 +444,7 @@ async def test_a_refusal_shows_nothing_of_the_token() -> None:
 
 
 def test_without_a_key_there_is_no_keyring() -> None:
-    assert make_keyring(load_settings()) is None
+    assert make_keyring(known_settings()) is None
 
 
 # --- Keys that a provider publishes ---------------------------------------------------------------
@@ -507,7 +506,7 @@ async def provider(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Provider]:
 @pytest.fixture
 async def ring(provider: Provider) -> AsyncIterator[Keyring]:
     """Give a keyring that has the keys of the provider."""
-    made = make_keyring(load_settings(jwt_algorithms="RS256,ES256,EdDSA,HS256"))
+    made = make_keyring(known_settings(jwt_algorithms="RS256,ES256,EdDSA,HS256"))
     assert made is not None
     await made.start()
     yield made
@@ -637,7 +636,7 @@ async def test_a_provider_that_is_away_stops_no_start_and_may_come_later(
     provider: Provider, later: Callable[[float], None]
 ) -> None:
     provider.answer = None
-    ring = make_keyring(load_settings())
+    ring = make_keyring(known_settings())
     assert ring is not None
     with capture_logs() as lines:
         await ring.start()
@@ -660,7 +659,7 @@ async def test_keys_are_fetched_again_without_a_request(
 ) -> None:
     monkeypatch.setattr("app.services.keyring.REFRESH_EVERY_S", 0.01)
     monkeypatch.setattr("app.services.keyring.RETRY_AFTER_S", 0.01)
-    ring = make_keyring(load_settings())
+    ring = make_keyring(known_settings())
     assert ring is not None
     await ring.start()
     provider.answer = None

@@ -20,11 +20,11 @@ from app.context import Meter, RequestContext, reset_context, set_context
 from app.errors import RateLimitedError
 from app.onboarding.limits import Limit, Policy, Standing
 from app.services.limits import Limiter, make_limiter
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.limits import LimitStore
-from tests.conftest import NOON_S, fake_gateway
+from tests.conftest import NOON_S, fake_gateway, known_settings
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Valkey
 
@@ -225,7 +225,9 @@ async def test_one_who_leaves_while_asking_for_others_stops_nobody(
 ) -> None:
     async with Proxy(valkey.port) as proxy:
         url = f"redis://{proxy.host}:{proxy.port}/0"
-        gateway = connect(load_settings(**{**settings.model_dump(), "redis_url": url}))
+        gateway = connect(
+            known_settings(**{**settings.model_dump(exclude_unset=True), "redis_url": url})
+        )
         gate = limiter(gateway, Limit(40, A_DAY))
         await gate.admit(JUNE)
         sent = proxy.commands["EVALSHA"]
@@ -385,7 +387,7 @@ async def test_a_store_that_is_frozen_holds_everybody_up_once_and_not_for_long(
     monkeypatch.setattr("app.store.limits.TAKE_S", 0.25)
     async with Proxy(valkey.port) as proxy:
         url = f"redis://{proxy.host}:{proxy.port}/0"
-        gateway = connect(load_settings(redis_url=url, redis_timeout_s=10))
+        gateway = connect(known_settings(redis_url=url, redis_timeout_s=10))
         gate = limiter(gateway, Limit(20, A_DAY))
         await gate.admit(JUNE)
         proxy.hold()
@@ -403,7 +405,7 @@ async def test_a_store_that_is_frozen_holds_everybody_up_once_and_not_for_long(
 
 
 async def test_the_settings_say_what_the_limits_are(fake: Gateway) -> None:
-    gate = make_limiter(fake, load_settings(create_limit="2/hour", miss_limit="off"))
+    gate = make_limiter(fake, known_settings(create_limit="2/hour", miss_limit="off"))
     standing = await gate.admit(JANE)
     assert standing is not None
     assert standing.left == 599

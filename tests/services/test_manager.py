@@ -42,11 +42,10 @@ from app.services.manager import (
     get_onboarding_session_manager,
     make_manager,
 )
-from app.settings import load_settings
 from app.store.connect import connect
 from app.store.files import FileStore
 from app.store.gateway import Gateway
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.faults.servers import HOST, Valkey, free_ports
 
 Manager = OnboardingSessionManager
@@ -92,7 +91,7 @@ async def manager_at(raw: Redis, valkey: Valkey) -> AsyncIterator[MakeManager]:
     made: list[Manager] = []
 
     def make(**overrides: Any) -> Manager:
-        settings = load_settings(**{**QUICKLY, "redis_url": valkey.url, **overrides})
+        settings = known_settings(**{**QUICKLY, "redis_url": valkey.url, **overrides})
         made.append(make_manager(connect(settings), settings))
         return made[-1]
 
@@ -742,7 +741,7 @@ class TestAnOutage:
     async def away(self) -> AsyncIterator[Manager]:
         server = FakeServer()
         gateway = fake_gateway(server)
-        manager = make_manager(gateway, load_settings())
+        manager = make_manager(gateway, known_settings())
         await manager.set_metadata("known", "u", "w")
         await manager.save_step("known", 1, {"a": 1})
         server.connected = False
@@ -765,7 +764,7 @@ class TestAnOutage:
     async def test_that_begins_in_a_block_is_told_at_its_end(self) -> None:
         server = FakeServer()
         gateway = fake_gateway(server)
-        manager = make_manager(gateway, load_settings())
+        manager = make_manager(gateway, known_settings())
         with pytest.raises(StoreUnavailableError):
             async with manager.session():
                 server.connected = False

@@ -15,10 +15,10 @@ from app.errors import InvalidRequestError, SessionNotFoundError, StoreUnavailab
 from app.onboarding.generation import STAGES
 from app.services.generation import GenerationService, ProgressEvent, ProgressReporter
 from app.services.manager import OnboardingSessionManager, make_manager
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Valkey
 from tests.services.test_generation import make_service
@@ -55,7 +55,7 @@ async def run(place: Place, work: Callable[[ProgressReporter], Awaitable[None]])
 
 
 async def place_on(gateway: Gateway) -> Place:
-    manager = make_manager(gateway, load_settings())
+    manager = make_manager(gateway, known_settings())
     service = make_service(gateway, manager)
     return Place(service, manager, await manager.create_session())
 
@@ -449,7 +449,9 @@ class TestAStoreThatIsAway:
     ) -> None:
         async with Proxy(valkey.port) as proxy:
             changes = {"redis_url": f"redis://{proxy.host}:{proxy.port}/0", "redis_timeout_s": 0.1}
-            gateway = connect(load_settings(**{**settings.model_dump(), **QUICKLY, **changes}))
+            gateway = connect(
+                known_settings(**{**settings.model_dump(exclude_unset=True), **QUICKLY, **changes})
+            )
             place = await place_on(gateway)
             async with ProgressReporter(place.session_id, place.service) as report:
                 for progress in range(30):
@@ -505,7 +507,7 @@ class Bench(NamedTuple):
 
 @pytest.fixture(scope="module")
 def bench(valkey: Valkey) -> Iterator[Bench]:
-    chosen = load_settings(redis_url=valkey.url)
+    chosen = known_settings(redis_url=valkey.url)
     gateway = connect(chosen)
     manager = make_manager(gateway, chosen)
     service = make_service(gateway, manager)

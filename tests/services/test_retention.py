@@ -33,7 +33,7 @@ from app.services.retention import (
 )
 from app.services.stats import make_stats_service
 from app.services.tasks import TaskService
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway, known_settings
@@ -112,7 +112,7 @@ def test_a_name_of_the_module_is_a_method_of_the_service(name: str) -> None:
 
 @pytest.mark.usefixtures("own_service")
 def test_the_names_of_the_module_work_in_one_event_loop_after_another() -> None:
-    chosen = load_settings()
+    chosen = known_settings()
     manager = make_manager(connect(chosen), chosen)
 
     async def use() -> list[Any]:
@@ -555,7 +555,7 @@ async def test_two_clean_ups_at_once_remove_every_session_and_each_of_them_once(
 async def test_with_hash_tags_a_clean_up_leaves_no_key_and_no_entry(
     settings: Settings, raw: Redis, kind: str
 ) -> None:
-    chosen = load_settings(**{**settings.model_dump(), "key_hash_tag": "on"})
+    chosen = known_settings(**{**settings.model_dump(exclude_unset=True), "key_hash_tag": "on"})
     gateway = fake_gateway(key_hash_tag="on") if kind == "fakeredis" else connect(chosen)
     place, service = Place(make_manager(gateway, chosen), gateway), make_service(gateway)
     try:
@@ -616,7 +616,7 @@ async def test_a_lower_limit_loses_no_live_session_and_lets_nobody_in(
     gateway: Gateway, place: Place, service: RetentionService
 ) -> None:
     made = {await place.manager.create_session() for _ in range(3)}
-    stats = make_stats_service(gateway, load_settings())
+    stats = make_stats_service(gateway, known_settings())
     assert (await stats.get_performance_stats())["cleanup"]["last_run"] is None
     await service.reconfigure(max_sessions=2)
     assert (await stats.get_performance_stats())["cleanup"]["last_run"] is not None
@@ -634,7 +634,7 @@ async def test_a_lower_limit_loses_no_live_session_and_lets_nobody_in(
 async def away() -> AsyncIterator[RetentionService]:
     """Give a service whose store is not there."""
     [port] = free_ports(1)
-    settings = load_settings(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1, **QUICKLY)
+    settings = known_settings(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1, **QUICKLY)
     gateway = connect(settings)
     yield make_retention_service(gateway, TaskService(gateway, TASK_RULES), settings)
     await gateway.aclose()

@@ -16,7 +16,7 @@ from app.onboarding.access import ANYONE, Kind, Principal
 from app.onboarding.stats import median_of
 from app.services.manager import OnboardingSessionManager, make_manager
 from app.services.stats import StatsService, get_stats_service, make_stats_service
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import fake_gateway, known_settings
@@ -80,7 +80,7 @@ def test_the_names_of_the_module_work_in_one_event_loop_after_another(
 ) -> None:
     monkeypatch.setenv("ONBOARDING_KEY_HASH_TAG", tag)
     module = importlib.import_module("app.services.stats")
-    chosen = load_settings()
+    chosen = known_settings()
     manager = make_manager(connect(chosen), chosen)
 
     async def use() -> tuple[Any, ...]:
@@ -285,7 +285,7 @@ async def test_many_at_once_are_counted_exactly(service: StatsService, place: Pl
 async def test_with_hash_tags_the_funnel_is_exact_once_the_index_has_followed(
     settings: Settings, raw: Redis, store: str
 ) -> None:
-    chosen = load_settings(**{**settings.model_dump(), "key_hash_tag": "on"})
+    chosen = known_settings(**{**settings.model_dump(exclude_unset=True), "key_hash_tag": "on"})
     gateway = fake_gateway(key_hash_tag="on") if store == "fakeredis" else connect(chosen)
     manager, service = make_manager(gateway, chosen), make_stats_service(gateway, chosen)
     try:

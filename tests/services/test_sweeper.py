@@ -20,14 +20,14 @@ from app.services.retention import RetentionService, make_retention_service
 from app.services.stats import StatsService, make_stats_service
 from app.services.sweeper import Sweeper
 from app.services.tasks import TaskService
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.feed import FeedStore
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
 from app.store.retention import RetentionStore
 from app.store.stats import StatsStore
-from tests.conftest import NOON_S, QUICKLY
+from tests.conftest import NOON_S, QUICKLY, known_settings
 from tests.faults.servers import Valkey
 from tests.store.sessions import Manager, Place
 
@@ -140,7 +140,7 @@ async def fake(clock: time_machine.Traveller) -> AsyncIterator[MakeProcess]:
     made: list[Process] = []
 
     def make(lease_s: float = 15.0, **overrides: Any) -> Process:
-        settings = load_settings(**overrides)
+        settings = known_settings(**overrides)
         made.append(Process(talkative_gateway(server, settings), settings, lease_s=lease_s))
         return made[-1]
 
@@ -155,7 +155,7 @@ async def real(raw: Redis, valkey: Valkey) -> AsyncIterator[MakeProcess]:
     made: list[Process] = []
 
     def make(lease_s: float = 15.0, **overrides: Any) -> Process:
-        settings = load_settings(**{"redis_url": valkey.url, **QUICKLY, **overrides})
+        settings = known_settings(**{"redis_url": valkey.url, **QUICKLY, **overrides})
         made.append(Process(connect(settings), settings, lease_s=lease_s))
         return made[-1]
 
@@ -721,7 +721,7 @@ async def test_an_outage_of_the_store_is_waited_out(
 ) -> None:
     monkeypatch.setattr("app.services.sweeper.LOOK_EVERY_S", 0.001)
     server = FakeServer()
-    settings = load_settings(expiry_rules=EVERYTHING_AT_ONCE)
+    settings = known_settings(expiry_rules=EVERYTHING_AT_ONCE)
     process = Process(talkative_gateway(server, settings), settings)
     process.sweeper._looking._pause_s = 0.001
     session_id = await process.manager.create_session()

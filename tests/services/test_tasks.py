@@ -22,10 +22,9 @@ from app.errors import (
 from app.onboarding.tasks import MAX_TASKS, TASK_RULES, TaskRule, TaskStatus
 from app.services import tasks as module
 from app.services.tasks import CLEANED_AT_ONCE, TaskService, get_task_service
-from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.faults.servers import HOST, Valkey, free_ports
 
 DAY_S = 86_400
@@ -66,7 +65,7 @@ def aging(clock: time_machine.Traveller, request: pytest.FixtureRequest) -> Task
 async def away() -> AsyncIterator[TaskService]:
     """Give a service whose store is not there."""
     [port] = free_ports(1)
-    settings = load_settings(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1, **QUICKLY)
+    settings = known_settings(redis_url=f"redis://{HOST}:{port}/0", retry_attempts=1, **QUICKLY)
     service = TaskService(connect(settings), TASK_RULES)
     yield service
     await service.aclose()
@@ -152,7 +151,7 @@ async def test_scraping_and_what_has_no_short_is_never_tracked(
 
 
 async def test_a_deployer_says_what_is_kept_of_a_type(gateway: Gateway) -> None:
-    settings = load_settings(
+    settings = known_settings(
         task_types='{"mine": {"kept_until_released": true}, "scraping": {}, '
         '"image_analysis": {"tracked": false}}'
     )

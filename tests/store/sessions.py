@@ -17,7 +17,6 @@ from app.onboarding.sessions import Owner
 from app.services.files import BodyLimits, FileService
 from app.services.generation import GenerationService
 from app.services.manager import OnboardingSessionManager, make_manager
-from app.settings import load_settings
 from app.store.assistant import AssistantStore
 from app.store.connect import connect
 from app.store.events import EventStore
@@ -25,7 +24,7 @@ from app.store.files import FileStore
 from app.store.gateway import Gateway
 from app.store.keys import SessionKeys
 from app.store.tokens import NewResumeToken, TokenStore
-from tests.conftest import QUICKLY
+from tests.conftest import QUICKLY, known_settings
 
 Manager = OnboardingSessionManager
 
@@ -129,7 +128,7 @@ def describe(transfer: str, *parts: bytes) -> FileInfo:
 @asynccontextmanager
 async def working_at(url: str, **overrides: Any) -> AsyncIterator[Place]:
     """Give a manager for the store at an address, with settings of its own."""
-    settings = load_settings(redis_url=url, **{**QUICKLY, **overrides})
+    settings = known_settings(redis_url=url, **{**QUICKLY, **overrides})
     gateway = connect(settings)
     try:
         yield Place(make_manager(gateway, settings), gateway)

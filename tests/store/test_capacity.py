@@ -17,9 +17,9 @@ from app.onboarding.sessions import Owner
 from app.onboarding.tasks import TASK_RULES
 from app.services.retention import RetentionService, make_retention_service
 from app.services.tasks import TaskService
-from app.settings import load_settings
 from app.store.feed import FeedStore
 from app.store.gateway import Gateway
+from tests.conftest import known_settings
 from tests.faults.proxy import Proxy
 from tests.faults.servers import ClusterSet
 from tests.service import BASE
@@ -40,7 +40,7 @@ def logs_of_managers(monkeypatch: pytest.MonkeyPatch) -> None:
 def retention_of(place: Place, **overrides: Any) -> RetentionService:
     """Give what operators work with, on the same store."""
     tasks = TaskService(place.gateway, TASK_RULES)
-    return make_retention_service(place.gateway, tasks, load_settings(**overrides))
+    return make_retention_service(place.gateway, tasks, known_settings(**overrides))
 
 
 async def fill(manager: Manager, count: int) -> list[str]:

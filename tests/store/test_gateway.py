@@ -32,13 +32,12 @@ from app.errors import (
     StoreUnavailableError,
 )
 from app.services.manager import make_manager
-from app.settings import load_settings
 from app.store.client import make_client
 from app.store.connect import connect
 from app.store.faults import Remedy, judge
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
-from tests.conftest import QUICKLY, fake_gateway
+from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.faults.proxy import Proxy
 from tests.faults.servers import HOST, Valkey, free_ports, wait_until
 from tests.store.sessions import (
@@ -608,7 +607,7 @@ class TestAnOutage:
     async def test_is_never_an_absence(self) -> None:
         server = FakeServer()
         gateway = fake_gateway(server)
-        manager = make_manager(gateway, load_settings())
+        manager = make_manager(gateway, known_settings())
         place = Place(manager, gateway)
         session_id = await prepare(manager)
         server.connected = False
@@ -653,7 +652,7 @@ class TestTwoEventLoops:
     def test_one_after_the_other_share_a_manager_that_was_closed_between(
         self, valkey: Valkey
     ) -> None:
-        settings = load_settings(redis_url=valkey.url, **QUICKLY)
+        settings = known_settings(redis_url=valkey.url, **QUICKLY)
         manager = make_manager(connect(settings), settings)
 
         async def begin() -> str:
@@ -671,7 +670,7 @@ class TestTwoEventLoops:
     @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_one_after_the_other_share_a_manager_that_was_not_closed(self, valkey: Valkey) -> None:
-        settings = load_settings(redis_url=valkey.url, **QUICKLY)
+        settings = known_settings(redis_url=valkey.url, **QUICKLY)
         manager = make_manager(connect(settings), settings)
 
         async def go_on(session_id: str) -> None:

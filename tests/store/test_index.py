@@ -31,14 +31,13 @@ from app.services.manager import make_manager
 from app.services.retention import make_retention_service
 from app.services.sweeper import Sweeper
 from app.services.tasks import TaskService
-from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.index import SessionIndex
 from app.store.retention import RetentionStore
 from app.store.scripts import load_script
 from app.store.stats import StatsStore
-from tests.conftest import NOON_S, QUICKLY, fake_gateway
+from tests.conftest import NOON_S, QUICKLY, fake_gateway, known_settings
 from tests.faults.proxy import Loss, Proxy
 from tests.faults.servers import Valkey
 from tests.store.conftest import MakePlace
@@ -52,7 +51,7 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 """Making a failing example smaller would take minutes, and the last calls tell enough."""
 
 STEPS = [1, 2, 3, 23]
-CATALOGUE: Catalogue = load_settings().catalogue
+CATALOGUE: Catalogue = known_settings().catalogue
 
 own_ids = st.sampled_from(["a", "b.1", "a-2"])
 """Ids as Python callers choose them: made again after their end."""
@@ -217,7 +216,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.models: dict[str, Model] = {}
         self.funnel: dict[str, int] = {}
         self.gateway = self.make_gateway()
-        chosen = load_settings()
+        chosen = known_settings()
         self.place = Place(make_manager(self.gateway, chosen), self.gateway)
         tasks = TaskService(self.gateway, TASK_RULES)
         self.retention = make_retention_service(self.gateway, tasks, chosen)
@@ -592,7 +591,7 @@ def run_machine(make_gateway: Callable[[], Gateway], clock: time_machine.Travell
 
 @pytest.mark.parametrize("tag", ["off", "on"])
 def test_the_index_says_what_the_sessions_say_after_any_calls(valkey: Valkey, tag: str) -> None:
-    chosen = load_settings(
+    chosen = known_settings(
         redis_url=valkey.url, key_hash_tag=tag, session_ttl_s=LIFETIME_S, **QUICKLY
     )
     run_machine(lambda: connect(chosen), None)

@@ -15,11 +15,11 @@ from structlog.testing import capture_logs
 from app.clock import monotonic_s
 from app.errors import CorruptRecordError, StoreUnavailableError
 from app.onboarding.limits import Limit, Policy, digest_caller
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.limits import TAKE_S, LimitStore
-from tests.conftest import NOON_S, fake_gateway
+from tests.conftest import NOON_S, fake_gateway, known_settings
 from tests.faults.proxy import Proxy
 
 A_DAY = 86_400
@@ -189,7 +189,7 @@ async def test_a_store_that_does_not_answer_is_asked_once_and_not_for_long(
 ) -> None:
     monkeypatch.setattr("app.store.limits.TAKE_S", TAKE_S)
     url = f"redis://{proxy.host}:{proxy.port}/0"
-    gateway = connect(load_settings(redis_url=url, redis_timeout_s=10))
+    gateway = connect(known_settings(redis_url=url, redis_timeout_s=10))
     await take(gateway, Limit(10, A_DAY))
     before = proxy.commands["EVALSHA"]
     proxy.hold()

@@ -13,12 +13,13 @@ from app.onboarding.cursors import write_cursor
 from app.onboarding.sessions import SessionStatus
 from app.services.manager import make_manager
 from app.services.stats import StatsService, make_stats_service
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import connect
 from app.store.gateway import Gateway
 from app.store.scripts import load_script
 from app.store.stats import StatsStore
 from tests.api.helpers import ask
+from tests.conftest import known_settings
 from tests.store.conftest import MakePlace
 from tests.store.sessions import store_time_ms
 
@@ -37,7 +38,7 @@ class Reader(NamedTuple):
 @asynccontextmanager
 async def reading(settings: Settings, **overrides: Any) -> AsyncIterator[Reader]:
     """Give a reader with settings of its own, connected already."""
-    chosen = load_settings(**{**settings.model_dump(), **overrides})
+    chosen = known_settings(**{**settings.model_dump(exclude_unset=True), **overrides})
     gateway = connect(chosen)
     try:
         await gateway.command("PING")
@@ -119,7 +120,7 @@ async def test_what_has_outlived_its_lifetime_is_neither_listed_nor_counted_nor_
     fake: MakePlace, clock: Any
 ) -> None:
     place = fake(session_ttl_s=60)
-    stats = make_stats_service(place.gateway, load_settings())
+    stats = make_stats_service(place.gateway, known_settings())
     gone = await place.manager.create_session()
     await place.generation.update_session_status(gone, "processing")
     clock.shift(1900)
@@ -181,7 +182,7 @@ async def measure(raw: Redis, call: Any) -> Cost:
 
 async def refuse_one(settings: Settings, limit: int) -> Any:
     """Make a session where there are as many as there may be."""
-    chosen = load_settings(**{**settings.model_dump(), "max_sessions": limit})
+    chosen = known_settings(**{**settings.model_dump(exclude_unset=True), "max_sessions": limit})
     gateway = connect(chosen)
     try:
         manager = make_manager(gateway, chosen)

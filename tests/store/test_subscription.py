@@ -12,11 +12,10 @@ from structlog.testing import capture_logs
 from app.clock import monotonic_s, now_ms
 from app.errors import StoreUnavailableError
 from app.onboarding.events import parse_event_id
-from app.settings import load_settings
 from app.store import subscription as module
 from app.store.connect import make_subscription
 from app.store.subscription import Subscription
-from tests.conftest import QUICKLY
+from tests.conftest import QUICKLY, known_settings
 from tests.faults.proxy import Proxy
 from tests.faults.servers import HOST, Valkey, free_ports
 from tests.store.conftest import MakePlace
@@ -50,7 +49,7 @@ async def until(is_true: Callable[[], bool], limit_s: float = 10) -> None:
 @asynccontextmanager
 async def subscribed_to(url: str, *, timeout_s: float = 1.0) -> AsyncIterator[Subscription]:
     """Give a subscription to the store at an address."""
-    settings = load_settings(redis_url=url, redis_timeout_s=timeout_s, **QUICKLY)
+    settings = known_settings(redis_url=url, redis_timeout_s=timeout_s, **QUICKLY)
     subscription = make_subscription(settings)
     try:
         yield subscription

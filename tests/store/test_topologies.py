@@ -28,11 +28,11 @@ from app.services.audit import AuditTrail
 from app.services.retention import make_retention_service
 from app.services.tasks import TaskService
 from app.services.tokens import TokenService
-from app.settings import Settings, load_settings
+from app.settings import Settings
 from app.store.connect import make_subscription
 from app.store.jobs import JobStore
 from app.store.limits import LimitStore
-from tests.conftest import QUICKLY
+from tests.conftest import QUICKLY, known_settings
 from tests.faults.servers import ClusterSet, SentinelSet, Valkey
 from tests.store.sessions import Manager, Place, keyed, prepare, working_at
 
@@ -109,7 +109,7 @@ async def topology(request: pytest.FixtureRequest) -> AsyncIterator[Topology]:
         overrides["key_hash_tag"] = "on"
     for server in servers:
         server.command("FLUSHALL")
-    settings = load_settings(redis_url=url, **QUICKLY, **overrides)
+    settings = known_settings(redis_url=url, **QUICKLY, **overrides)
     async with working_at(url, **overrides) as place:
         yield Topology(place, servers, settings, tagged=request.param != "sentinel")
 
@@ -408,7 +408,7 @@ async def test_a_failover_is_ridden_out_and_loses_nothing_that_was_replicated(
     sentinels: SentinelSet,
 ) -> None:
     heard: list[bytes] = []
-    subscription = make_subscription(load_settings(redis_url=sentinels.url))
+    subscription = make_subscription(known_settings(redis_url=sentinels.url))
     async with (
         working_at(sentinels.url, retry_base_s=0.5, retry_attempts=5) as place,
         aclosing(subscription),

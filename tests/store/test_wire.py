@@ -14,8 +14,7 @@ from app.onboarding.events import BEFORE_ALL
 from app.onboarding.files import PART_BYTES
 from app.onboarding.generation import ProgressEvent
 from app.onboarding.steps import Precondition, Tags
-from app.settings import load_settings
-from tests.conftest import UNLIMITED
+from tests.conftest import UNLIMITED, known_settings
 from tests.faults.proxy import Proxy
 from tests.service import BASE, serving
 from tests.store.sessions import Call, Place, keyed, prepare, working_at
@@ -161,7 +160,7 @@ BESIDE_REQUESTS = {"EVAL", "AUDIT", "HKEYS", "INFO", "HELLO", "CLIENT", "SELECT"
 async def wired_api(proxy: Proxy) -> AsyncIterator[AsyncClient]:
     """The service behind the proxy."""
     url = f"redis://{proxy.host}:{proxy.port}/0"
-    async with serving(load_settings(redis_url=url, redis_timeout_s=10, **UNLIMITED)) as api:
+    async with serving(known_settings(redis_url=url, redis_timeout_s=10, **UNLIMITED)) as api:
         yield api
 
 
