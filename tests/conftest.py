@@ -17,6 +17,7 @@ import redis.utils
 import time_machine
 from fakeredis import FakeAsyncRedis, FakeServer
 from httpx2 import AsyncClient
+from hypothesis import settings as hypothesis_settings
 from redis.asyncio import Redis
 
 from app.onboarding.catalogue import Catalogue
@@ -34,6 +35,10 @@ QUICKLY = {"retry_base_s": 0.01, "retry_jitter_s": 0.0}
 
 UNLIMITED = {"rate_limit": None, "create_limit": None, "miss_limit": None}
 """Settings for tests that ask as much as they like: they all come from one address."""
+
+# Half of what Hypothesis draws by default: drawing takes a tenth of the run.
+hypothesis_settings.register_profile("suite", hypothesis_settings(), max_examples=50)
+hypothesis_settings.load_profile("suite")
 
 NOON_S = 1_767_268_800.0
 """The moment at which the clock of tests begins, in Unix seconds."""

@@ -203,7 +203,7 @@ def test_an_address_does_not_show_its_secrets() -> None:
 SPECIAL = st.text("/?#@:%[]&=, \\\x00\n+ü", max_size=3)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     form=st.sampled_from(
         [

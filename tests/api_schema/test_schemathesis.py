@@ -421,6 +421,8 @@ def test_a_generated_request_is_answered_as_the_document_says(label: str, servic
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
+            # Whatever the profile of the run says.
+            explicit_setting_names={"max_examples"},
             seed=SEED,
         ),
     )()
