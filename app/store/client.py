@@ -361,6 +361,11 @@ class _Cluster(RedisCluster):
                 raise
         return await super().initialize(*args, **kwargs)
 
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        """Send a command; one that comes before the nodes are known would go to any of them."""
+        await self.initialize()
+        return await super().execute_command(*args, **kwargs)
+
     def get_node(
         self, host: str | None = None, port: int | None = None, node_name: str | None = None
     ) -> ClusterNode | None:
