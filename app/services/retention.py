@@ -206,9 +206,10 @@ class RetentionService:
         # Named twice, changed once.
         names = list(dict.fromkeys(session_ids))
         failed = [each for each in await asyncio.gather(*map(change, names)) if each is not None]
-        codes = {each["code"] for each in failed}
-        for outage in _OUTAGES:
-            if len(failed) == len(names) and codes == {outage.code}:
+        if len(failed) == len(names):
+            codes = {each["code"] for each in failed}
+            outage = next((each for each in _OUTAGES if codes == {each.code}), None)
+            if outage is not None:
                 raise outage
         log.info("sessions_updated", updated=len(names) - len(failed), failed=len(failed))
         return BulkView(updated=len(names) - len(failed), failed=failed)

@@ -55,7 +55,8 @@ def make_client(
 ) -> Redis | RedisCluster:
     """Make a client that sends every command once; it connects when it is first used.
 
-    `timeout_s` limits each step: the wait for a free connection, connecting, every reply. One
+    `timeout_s` limits each step: the wait for a free connection (but not the wait for others who
+    wait for one, which only its caller can limit), connecting, every reply. One
     command may need several, since a new connection asks the sentinels in turn and a Cluster
     client its nodes. `max_connections` is the size of the pool, in a Cluster of each node's.
     `client_name` is what CLIENT LIST shows. Replies are bytes, in redis-py's unified shapes.

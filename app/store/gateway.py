@@ -41,10 +41,7 @@ from tenacity.stop import stop_base
 
 from app.clock import monotonic_s, now_ms
 from app.context import get_context
-from app.errors import (
-    IdempotencyMismatchError,
-    StoreError,
-)
+from app.errors import IdempotencyMismatchError, StoreError
 from app.metrics import STORE_ERRORS, STORE_RETRIES, STORE_RETRIES_DENIED, STORE_TALLY
 from app.onboarding.idempotency import IdempotentRequest
 from app.store.client import close_client, leave_server, send_and_wait
@@ -415,8 +412,8 @@ class Gateway:
             raise
         finally:
             if task is not None and task.cancelling() > before:
-                # It may have been lost on the way: before Python 3.12 asyncio.wait_for, through
-                # which redis-py sends, takes no notice of one that comes as it is done.
+                # It may have been lost on the way: one that meets asyncio.timeout as it is entered
+                # is taken for the timeout's own.
                 raise asyncio.CancelledError
 
     def _client(self, *, waits: bool) -> Client:
