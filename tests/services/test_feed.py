@@ -34,8 +34,9 @@ Event = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def logs_and_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look often; forget loggers that a service of another test has bound."""
+    """Look often, and soon again; forget loggers that a service of another test has bound."""
     monkeypatch.setattr(feed, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(feed, "TRY_AGAIN_S", 0.1)
     monkeypatch.setattr(feed, "log", structlog.get_logger())
 
 

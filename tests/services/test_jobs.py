@@ -161,6 +161,12 @@ class Taker:
             await _end(taking)
 
 
+@pytest.fixture(autouse=True)
+def soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask soon again for the queue where the store was away."""
+    monkeypatch.setattr("app.services.jobs.TRY_AGAIN_S", 0.1)
+
+
 @pytest.fixture
 async def open_office(raw: Redis, valkey: Valkey) -> AsyncIterator[Callable[..., Office]]:
     """Give a function that opens an office on the empty real store, with settings of its own."""

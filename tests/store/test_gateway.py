@@ -171,32 +171,39 @@ class TestALostReply:
         # How long it is waited for, the operation id, and what there is to do.
         assert len({tuple(words[sent + 1 :]) for words in sendings}) == 1
 
+    @pytest.fixture
+    async def hasty(self, proxy: Proxy) -> AsyncIterator[Place]:
+        """Give up a command soon: nothing is said here of how often one is sent."""
+        once_more = {"redis_timeout_s": 0.1, "retry_attempts": 8}
+        async with working_at(url_of(proxy), **once_more) as place:
+            yield place
+
     # Every call over HTTP is in tests/api/test_exactly_once.py.
     @pytest.mark.parametrize("name", ["set_metadata", "update_progress", "save_step, over another"])
     async def test_of_a_write_leaves_one_write_and_brings_its_first_answer(
-        self, wired: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str
+        self, hasty: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         write: Write = WRITES[name]
-        session_id = await prepare(wired.manager, finalized=write.finalized)
-        steps_before = (await wired.manager.get_all_steps(session_id)).items()
+        session_id = await prepare(hasty.manager, finalized=write.finalized)
+        steps_before = (await hasty.manager.get_all_steps(session_id)).items()
         versions_before = {number: step.version or 0 for number, step in steps_before}
-        events_before = await count_events(wired.gateway, session_id)
+        events_before = await count_events(hasty.gateway, session_id)
         # Armed when the operation id is drawn: what a write reads first is not meant.
         watch_operation_ids(monkeypatch, lambda: proxy.drop_replies(1, to="EVALSHA"))
         sent_before = proxy.commands["EVALSHA"]
 
-        answer = await write.do(wired, session_id)
+        answer = await write.do(hasty, session_id)
 
         assert proxy.commands["EVALSHA"] - sent_before >= 2
-        assert await count_events(wired.gateway, session_id) == events_before + write.events
-        steps = await wired.manager.get_all_steps(session_id)
+        assert await count_events(hasty.gateway, session_id) == events_before + write.events
+        steps = await hasty.manager.get_all_steps(session_id)
         if isinstance(answer, dict) and isinstance(version := answer.get("version"), int):
             number = answer["step_id"]
             assert version == versions_before.get(number, 0) + 1
             assert steps[number].version == version
         match answer:
             case {"progress": dict(progress)}:
-                assert progress == await wired.manager.get_progress(session_id)
+                assert progress == await hasty.manager.get_progress(session_id)
 
     async def test_of_a_delete_is_a_success_and_a_delete_of_nothing_is_not(
         self, wired: Place, proxy: Proxy
