@@ -56,10 +56,10 @@ def make_client(
     """Make a client that sends every command once; it connects when it is first used.
 
     `timeout_s` limits each step: the wait for a free connection (but not the wait for others who
-    wait for one, which only its caller can limit), connecting, every reply. One
-    command may need several, since a new connection asks the sentinels in turn and a Cluster
-    client its nodes. `max_connections` is the size of the pool, in a Cluster of each node's.
-    `client_name` is what CLIENT LIST shows. Replies are bytes, in redis-py's unified shapes.
+    wait for one, which only its caller can limit), connecting, every reply. One command may need
+    several, since a new connection first asks the sentinels, and a Cluster client its nodes in
+    turn. `max_connections` is the size of the pool, in a Cluster of each node's. `client_name` is
+    what CLIENT LIST shows. Replies are bytes, in redis-py's unified shapes.
 
     When no connection becomes free in time, a command raises ConnectionError("No connection
     available."); a Cluster client cannot wait and raises MaxConnectionsError at once.
@@ -275,6 +275,14 @@ class _Pool(BlockingConnectionPool):
 
 class _WaitingSentinelPool(SentinelConnectionPool, _Pool):
     """The Sentinel pool, waiting `timeout` seconds for a free connection like the blocking one."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        """Close connections; the idle ones, as when the master is another one, without a wait."""
+        if inuse_connections:
+            await super().disconnect()
+            return
+        for connection in self._available_connections:
+            await connection.disconnect(nowait=True)
 
 
 class _Sentinels(Sentinel):

@@ -72,7 +72,7 @@ class RetryPolicy:
     a random part of up to `jitter_s`: full jitter would give up within a two-second outage in 15 %
     of the calls. No repeat begins later than `deadline_s` after the call did, where the request
     has no deadline of its own. All in seconds. `budget` is how many repeats all calls together may
-    have at once, see `RetryBudget`.
+    have had in vain, see `RetryBudget`.
     """
 
     send_s: float = 1.5
@@ -319,29 +319,30 @@ class Gateway:
             if context is not None:
                 context.meter.retries += 1
 
+        repeats = _Repeats(self._budget)
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._policy.attempts)
             | stop_before_delay(max(0.0, left_s))
-            | _WhenSpent(self._budget),
+            | repeats,
             wait=wait_exponential(multiplier=self._policy.base_s)
             + wait_random(0, self._policy.jitter_s),
             retry=retry_if_exception(self._is_transient),
             before_sleep=note,
             reraise=True,
         )
-        async for attempt in retrying:
-            with attempt:
-                number = attempt.retry_state.attempt_number
-                if number == 1:
-                    raise first
-                try:
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    number = attempt.retry_state.attempt_number
+                    if number == 1:
+                        raise first
                     answer = await send(number)
-                except asyncio.CancelledError:
-                    # Nobody knows whether it would have been in vain.
-                    self._budget.give_back(number - 1)
-                    raise
-                self._budget.give_back(number - 1)
-                return answer
+                    repeats.give_back()
+                    return answer
+        except asyncio.CancelledError:
+            # Nobody knows whether they would have been in vain.
+            repeats.give_back()
+            raise
         raise AssertionError("tenacity reraises the last failure")
 
     def _is_transient(self, failure: BaseException) -> bool:
@@ -430,17 +431,23 @@ class Gateway:
         return [client for (other, _), client in self._clients.items() if other is loop]
 
 
-class _WhenSpent(stop_base):
-    """Stops who would send again when the budget has nothing left."""
+class _Repeats(stop_base):
+    """The repeats of one call: stops it when the budget has nothing left."""
 
     def __init__(self, budget: RetryBudget) -> None:
         self._budget = budget
+        self._taken = 0
 
     def __call__(self, retry_state: RetryCallState) -> bool:  # noqa: ARG002 - tenacity's name
         if self._budget.take():
+            self._taken += 1
             return False
         STORE_RETRIES_DENIED.inc()
         return True
+
+    def give_back(self) -> None:
+        """Give back what the call has taken: it has not been in vain."""
+        self._budget.give_back(self._taken)
 
 
 def unwrap_replay(reply: Reply, request: IdempotentRequest) -> Reply:

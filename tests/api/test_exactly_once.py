@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -268,17 +268,21 @@ def test_these_are_all_calls_that_may_change_something() -> None:
     }
 
 
-FAULTS = {
-    "no reply comes": [Loss.SILENCE],
-    "the connection breaks, twice in a row": [Loss.RESET, Loss.RESET],
-}
-BREAKS = "the connection breaks, twice in a row"
+SILENT, BREAKS = "no reply comes", "the connection breaks, twice in a row"
+FAULTS = {SILENT: [Loss.SILENCE], BREAKS: [Loss.RESET, Loss.RESET]}
+
+
+def expect_success(run: Run, calls: Iterable[str]) -> None:
+    assert {call: run.answers[call].status for call in calls} == {
+        call: WRITES[call].status for call in calls
+    }
 
 
 async def check_once(stage: Stage, *faults: str) -> None:
     """Check that the same comes of all calls, whatever happens to them on their way."""
     undisturbed = await stage.run([*WRITES], Trouble(), send_once)
     assert undisturbed.untrue == {}
+    expect_success(undisturbed, WRITES)
     for fault in faults:
         disturbed = await stage.run([*WRITES], Trouble(FAULTS[fault]), send_once)
         assert (disturbed.spared, disturbed.untrue) == (set(), {}), fault
@@ -307,6 +311,7 @@ async def test_who_is_told_503_and_asks_again_with_the_same_key_gets_the_first_a
 ) -> None:
     stage = Stage(raw, valkey.port, key_hash_tag=key_hash_tag, **STUBBORNLY)
     undisturbed = await stage.run(KEYED, Trouble(), send_once, key="k1")
+    expect_success(undisturbed, KEYED)
     disturbed = await stage.run(KEYED, Trouble(lost_for_good=True), send_twice, key="k1")
     assert (disturbed.spared, disturbed.untrue) == (set(), {})
     # That somebody asked twice is on record, and the second asking is told the first one's token.

@@ -14,6 +14,11 @@ from tests.process.service_process import ServiceProcess
 ROWS = pytest.StashKey[list[Row]]()
 
 StartService = Callable[..., ServiceProcess]
+Begin = Callable[[str], Row]
+Runs = Callable[[int], int]
+
+REFUSALS = {"503 store_unavailable", "503 overloaded", "504 deadline_exceeded"}
+"""What a client may be told during an outage that outlasts it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,10 +14,10 @@ import uvloop
 
 from app.clock import monotonic_s
 from app.errors import StoreError
+from tests.faults.conftest import Begin, Runs
 from tests.faults.proxy import Proxy
 from tests.faults.report import Row
 from tests.faults.servers import HOST, Valkey, wait_until
-from tests.faults.test_store_away import Begin, Runs
 from tests.store.sessions import Place, working_at
 
 CALLERS = 64

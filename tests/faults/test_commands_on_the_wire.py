@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.conftest import Begin, Runs
 from tests.faults.report import Row
 from tests.faults.servers import Valkey
-from tests.faults.test_store_away import Begin, Runs
 from tests.faults.wire import Wired, wired
 
 WINDOWS = ((0.0, 0.0), (1.0, 1.5), (3.0, 4.0), (7.0, 8.5))

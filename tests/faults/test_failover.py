@@ -2,17 +2,14 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.conftest import StartService
+from tests.faults.conftest import REFUSALS, Begin, Runs, StartService
 from tests.faults.hosts import AS_ADVISED, HURRIED, SERVICE, Hosts
 from tests.faults.load import Load
 from tests.faults.report import Row
-
-Begin = Callable[[str], Row]
-Runs = Callable[[int], int]
 
 LATEST_S = 5.0
 """How long after the fault a write is acknowledged again."""
@@ -61,6 +58,7 @@ def test_the_masters_host_dies(
         master.come_back()
         hosts.heal()
     tell(row, again_s)
+    assert row.errors.keys() <= REFUSALS
     if durability == "replicated":
         assert (row.lost, row.duplicated) == (0, 0)
     assert max(again_s) < LATEST_S
@@ -92,6 +90,7 @@ def test_clients_are_on_the_old_masters_side(
             go_on(load)
         row.add(load.ledger, load.ledger.read_back(service.url))
     tell(row, again_s)
+    assert row.errors.keys() <= REFUSALS
     if durability == "replicated":
         assert (row.lost, row.duplicated) == (0, 0)
         assert max(again_s) < LATEST_S
@@ -115,6 +114,7 @@ def test_an_operator_has_another_one_promoted(
             go_on(load)
         row.add(load.ledger, load.ledger.read_back(service.url))
         assert load.ledger.longest_gap_s < LATEST_S
+    assert row.errors.keys() <= REFUSALS
     if how:
         assert (row.lost, row.duplicated) == (0, 0)
 

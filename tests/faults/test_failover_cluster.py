@@ -2,18 +2,14 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from redis.crc import key_slot
 
-from tests.faults.conftest import StartService
+from tests.faults.conftest import REFUSALS, Begin, Runs, StartService
 from tests.faults.load import Load
-from tests.faults.report import Row
 from tests.faults.shards import Shards
-
-Begin = Callable[[str], Row]
-Runs = Callable[[int], int]
 
 pytestmark = pytest.mark.chaos
 
@@ -55,6 +51,7 @@ def test_a_master_dies(
         "promoted after": f"{min(promoted_s):.1f} to {max(promoted_s):.1f} s",
         "again after": f"{min(again_s):.1f} to {max(again_s):.1f} s",
     }
+    assert row.errors.keys() <= REFUSALS
     assert (row.lost, row.duplicated) == (0, 0)
     assert max(again_s) < LATEST_S
 

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.faults.aside import aside
-from tests.faults.conftest import StartService
+from tests.faults.conftest import Begin, Runs, StartService
 from tests.faults.load import Reading, Watch
 from tests.faults.proxy import Proxy
-from tests.faults.report import Row
 from tests.faults.servers import Valkey
 from tests.faults.states import (
     NEEDS,
@@ -28,9 +27,6 @@ from tests.faults.states import (
 )
 from tests.process.service_process import ServiceProcess
 
-Begin = Callable[[str], Row]
-Runs = Callable[[int], int]
-
 CHANGE_S = 1.5
 """Within what time a change must be told, to the bad and to the good."""
 
@@ -38,6 +34,9 @@ ANSWER_S = 0.5
 """Within what time 99 of 100 answers must come."""
 
 ASKED_EVERY_S = 0.1
+
+HEARD = 5
+"""How often each route answers at least, once what it tells has to be right."""
 
 STAY_S = CHANGE_S + 1.0
 """How long each state lasts: after the change was told it must be told all the time."""
@@ -83,18 +82,12 @@ class Watched:
         self.service = service
         self.told: list[tuple[float, str]] = []
         """How long after each change something else was told at the latest, and the state."""
+        self.took_s: list[float] = []
+        """How long the answers took, in each state from its beginning."""
         self._health, self._readiness, self._liveness = (
             stack.enter_context(Watch(service.url, path))
             for path in ("/health", "/readyz", "/livez")
         )
-
-    @property
-    def readings(self) -> list[Reading]:
-        return [
-            reading
-            for watch in (self._health, self._readiness, self._liveness)
-            for reading in watch.readings
-        ]
 
     def see(self, state: str, told: Told) -> None:
         """Stay in a state that has just begun, and look at what was told."""
@@ -107,6 +100,10 @@ class Watched:
             if reading.asked_s > begun_s and not _is_right(reading, status, told)
         ]
         # Until the next time that it was asked.
+        for watch in (self._health, self._readiness):
+            answered = [each for each in watch.readings if each.asked_s > begun_s]
+            assert sum(each.asked_s > begun_s + CHANGE_S for each in answered) >= HEARD, state
+            self.took_s += [each.took_s for each in answered]
         after_s = max((at_s - begun_s + ASKED_EVERY_S for at_s in wrong_s), default=0.0)
         self.told.append((after_s, state))
         assert self._liveness.statuses.keys() == {200}
@@ -137,7 +134,7 @@ def test_health_is_right_in_every_state(
             _walk_through(store, near)
             _walk_away(way, far)
         row.runs += 1
-        took_s += [reading.took_s for reading in near.readings + far.readings]
+        took_s += near.took_s + far.took_s
         told += near.told + far.told
     p99_s = sorted(took_s)[len(took_s) * 99 // 100]
     latest_s, latest = max(told)

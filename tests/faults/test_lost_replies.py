@@ -10,10 +10,10 @@ from uuid import uuid4
 
 from httpx2 import AsyncClient
 
+from tests.faults.conftest import Begin, Runs
 from tests.faults.proxy import Loss
 from tests.faults.report import Row
 from tests.faults.servers import Valkey
-from tests.faults.test_store_away import Begin, Runs
 from tests.faults.wire import wired
 from tests.service import BASE
 

@@ -4,7 +4,6 @@ import asyncio
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,15 +14,11 @@ from httpx2 import AsyncClient
 from tests.events import EventSource
 from tests.faults.aside import aside
 from tests.faults.balancer import Balancer, ConnectionBalancer
-from tests.faults.conftest import StartService
+from tests.faults.conftest import Begin, Runs, StartService
 from tests.faults.load import Load
-from tests.faults.report import Row
 from tests.faults.servers import HOST, Valkey, free_ports, wait_until
 from tests.process.service_process import within
 from tests.service import BASE
-
-Begin = Callable[[str], Row]
-Runs = Callable[[int], int]
 
 EXIT_S = 20.0
 """How long the end of a service may take after SIGTERM."""

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import StartService
+from tests.faults.conftest import Begin, Runs, StartService
 from tests.faults.load import Load
 from tests.faults.servers import Valkey
-from tests.faults.test_store_away import Begin, Runs
 
 EACH = 1_000
 """How many writes are acknowledged around each death."""

@@ -181,7 +181,7 @@ async def test_a_store_that_stood_still_does_nothing_for_those_who_have_given_up
         writes.append(partial(manager.delete_session, await prepare(manager)))
         # A connection for each: none could be made meanwhile.
         await asyncio.gather(*(manager.get_session(session_id) for _ in writes))
-        before = dump(server)
+        before, sent_before = dump(server), scripts_run(server)
 
         server.freeze()
         try:
@@ -193,6 +193,13 @@ async def test_a_store_that_stood_still_does_nothing_for_those_who_have_given_up
         assert {type(each) for each in outcomes} == {StoreUnavailableError}
         server.command("PING")
         assert dump(server) == before
+        # Some read first, by a command.
+        assert scripts_run(server) - sent_before > 0.8 * len(writes)
+
+
+def scripts_run(server: Valkey) -> int:
+    """Count the scripts that the server has run by their digest."""
+    return int(server.command("INFO", "commandstats")["cmdstat_evalsha"]["calls"])
 
 
 def task(task_id: str) -> Task:

@@ -1,5 +1,5 @@
 -- include sending.lua
--- Carry out a command that writes to one key, whatever there is.
+-- Carry out a command that writes to one key, whatever the key holds.
 --
 -- KEYS  1 the key
 -- ARGV  1 the sending (sending.lua), 2 name of the command, then what follows the key in it
