@@ -32,7 +32,7 @@ test: $(DEV_STAMP) ## Run the whole test suite, real Valkey included (pass more 
 
 # One after the other: what is measured is how long things take. A soak alone takes half an hour.
 .PHONY: chaos
-chaos: $(DEV_STAMP) ## Break stores, networks and the service for an hour; print what it cost (RUNS=, ARGS=)
+chaos: $(DEV_STAMP) ## Break stores, networks and the service; print what it cost; takes over an hour (RUNS=, ARGS=)
 	$(BIN)/python -m pytest tests/faults -n 0 --timeout 3600 -m "" --chaos $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 .PHONY: lint
