@@ -269,7 +269,11 @@ class _Pool(BlockingConnectionPool):
     async def leave(self) -> None:
         """Have every connection made anew before it is used again. Waits for nobody."""
         await self.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
-        for connection in self._available_connections:
+        await self.close_idle()
+
+    async def close_idle(self) -> None:
+        """Close the connections that nobody uses. Waits for nobody."""
+        for connection in [*self._available_connections]:
             await connection.disconnect(nowait=True)
 
 
@@ -280,9 +284,8 @@ class _WaitingSentinelPool(SentinelConnectionPool, _Pool):
         """Close connections; the idle ones, as when the master is another one, without a wait."""
         if inuse_connections:
             await super().disconnect()
-            return
-        for connection in self._available_connections:
-            await connection.disconnect(nowait=True)
+        else:
+            await self.close_idle()
 
 
 class _Sentinels(Sentinel):
