@@ -359,6 +359,21 @@ async def test_a_master_that_is_away_keeps_no_new_client_of_a_cluster_from_the_o
         away.thaw()
 
 
+@sets
+async def test_the_first_command_of_a_client_of_a_cluster_goes_to_the_node_of_its_key(
+    cluster: ClusterSet,
+) -> None:
+    def refused() -> int:
+        told = [node.command("INFO", "errorstats") for node in cluster.nodes]
+        return sum(each.get("errorstat_MOVED", {"count": 0})["count"] for each in told)
+
+    before = refused()
+    for _ in range(8):
+        async with client_of(parse_store_url(cluster.url)) as client:
+            await client.get("a")
+    assert refused() == before
+
+
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_connection_that_has_broken_says_so_in_every_loop(
     server: Valkey, make_loop: Callable[[], asyncio.AbstractEventLoop]
