@@ -36,9 +36,8 @@ from tests.api.helpers import problem_of
 from tests.api.whole_store import mask, read_store, sort_out
 from tests.conftest import QUICKLY, UNLIMITED
 from tests.faults.proxy import Loss, Proxy
-from tests.faults.servers import HOST, Valkey, wait_until
+from tests.faults.servers import HOST, Valkey, follows, wait_until
 from tests.service import serving
-from tests.store.test_durability import follows
 from tests.store.test_scripts import SCRIPTS, files_of
 
 OPERATOR = "ok_a-key-with-every-scope"

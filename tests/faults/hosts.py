@@ -20,8 +20,8 @@ from tests.faults.servers import (
     SET_READY_S,
     Directive,
     Valkey,
-    _follows,
     _ServerSet,
+    follows,
     wait_until,
 )
 
@@ -114,7 +114,7 @@ class Hosts(_ServerSet):
                 # Who comes back is known to the others, and knows them.
                 host.data.command("CONFIG", "REWRITE")
             for replica in replicas:
-                wait_until(partial(_follows, replica), SET_READY_S, "a replica follows its master")
+                wait_until(partial(follows, replica), SET_READY_S, "a replica follows its master")
             for host in hosts:
                 _watch(host, master, pace)
             made = cls(stack, hosts, pace)

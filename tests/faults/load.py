@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 from httpx2 import AsyncClient, Client, Limits, Response, TransportError
 
-from tests.faults.servers import _ends_with_us
+from tests.faults.servers import ends_with_us
 from tests.service import BASE
 
 PATIENCE_S = 30.0
@@ -239,7 +239,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            _ends_with_us([*self._command, str(PATIENCE_S)]),
+            ends_with_us([*self._command, str(PATIENCE_S)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -169,7 +169,7 @@ class Valkey:
         command = [str(find_binary()), str(self._config), *self._flags]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                _ends_with_us(command),
+                ends_with_us(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -257,7 +257,7 @@ class SentinelSet(_ServerSet):
             data["replicaof"] = (HOST, master.port)
             replica = stack.enter_context(Valkey._start(directory / "replica", 0, data))
             # First the link, then the sentinels: they read a master's replicas every 10 s only.
-            wait_until(lambda: _follows(replica), SET_READY_S, "the replica follows its master")
+            wait_until(lambda: follows(replica), SET_READY_S, "the replica follows its master")
             sentinels = tuple(
                 stack.enter_context(_start_sentinel(directory / f"sentinel{n}", master))
                 for n in (1, 2, 3)
@@ -322,7 +322,7 @@ class ClusterSet(_ServerSet):
             for node in servers:
                 wait_until(partial(_is_complete, node), SET_READY_S, "the cluster is complete")
             for follower in followers:
-                wait_until(partial(_follows, follower), SET_READY_S, "a replica follows its master")
+                wait_until(partial(follows, follower), SET_READY_S, "a replica follows its master")
             return cls(stack.pop_all(), nodes, followers)
 
     @property
@@ -374,7 +374,7 @@ def _start_sentinel(directory: Path, master: Valkey) -> Valkey:
     return sentinel
 
 
-def _follows(replica: Valkey) -> bool:
+def follows(replica: Valkey) -> bool:
     return bool(replica.command("INFO", "replication")["master_link_status"] == "up")
 
 
@@ -402,7 +402,7 @@ def _line(name: str, value: Directive) -> str:
     return " ".join([name.replace("_", "-"), *(f'"{each}"' for each in quoted)]) + "\n"
 
 
-def _ends_with_us(command: list[str]) -> list[str]:
+def ends_with_us(command: list[str]) -> list[str]:
     """Wrap a command so that the kernel ends it with us (PR_SET_PDEATHSIG = 1), SIGKILL or not.
 
     The wrapper turns into the command, so the process id stays. A preexec_fn would do the same and

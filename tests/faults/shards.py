@@ -10,9 +10,9 @@ from tests.faults.servers import (
     SET_READY_S,
     ClusterSet,
     Valkey,
-    _follows,
     _is_complete,
     _ServerSet,
+    follows,
     wait_until,
 )
 
@@ -70,4 +70,4 @@ class Shards(_ServerSet):
 
 
 def _is_replica(server: Valkey) -> bool:
-    return server.command("ROLE")[0] == "slave" and _follows(server)
+    return server.command("ROLE")[0] == "slave" and follows(server)

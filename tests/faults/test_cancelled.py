@@ -17,7 +17,7 @@ from app.errors import StoreError
 from tests.faults.conftest import Begin, Runs
 from tests.faults.proxy import Proxy
 from tests.faults.report import Row
-from tests.faults.servers import HOST, Valkey, wait_until
+from tests.faults.servers import HOST, Valkey, follows, wait_until
 from tests.store.sessions import Place, working_at
 
 CALLERS = 64
@@ -190,10 +190,6 @@ def own_tasks() -> set[Any]:
         for task in asyncio.all_tasks()
         if "Proxy." not in getattr(task.get_coro(), "__qualname__", "")
     }
-
-
-def follows(replica: Valkey) -> bool:
-    return bool(replica.command("INFO", "replication")["master_link_status"] == "up")
 
 
 async def test_a_pool_loses_no_connection_when_its_server_is_left(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.faults.servers import _ends_with_us
+from tests.faults.servers import ends_with_us
 from tests.process.service_process import REPOSITORY, ServiceProcess, environment_for
 
 SLOW = """
@@ -63,7 +63,7 @@ class GeneratorProcess(ServiceProcess):
         self._mark = f"STARTED_BY_TEST={files}"
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
-                _ends_with_us([sys.executable, *command]),
+                ends_with_us([sys.executable, *command]),
                 cwd=REPOSITORY,
                 env=environment_for(self.data_dir, STARTED_BY_TEST=str(files), **environment),
                 stdin=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 from httpx2 import Client, Response, TransportError
 
-from tests.faults.servers import HOST, _ends_with_us, wait_until
+from tests.faults.servers import HOST, ends_with_us, wait_until
 from tests.service import BASE
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ class ServiceProcess:
         own = {"STARTED_BY_TEST": str(files), "TMPDIR": str(files), **environment}
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
-                _ends_with_us([sys.executable, "-m", "app"]),
+                ends_with_us([sys.executable, "-m", "app"]),
                 cwd=REPOSITORY,
                 env=environment_for(data_dir, **own),
                 stdin=subprocess.DEVNULL,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-from tests.faults.servers import _ends_with_us
+from tests.faults.servers import ends_with_us
 from tests.process.service_process import REPOSITORY, environment_for
 
 PROGRAM = """
@@ -110,7 +110,7 @@ class StoreWorker:
         self._errors = directory / "worker-stderr"
         with self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
-                _ends_with_us([sys.executable, "-c", PROGRAM]),
+                ends_with_us([sys.executable, "-c", PROGRAM]),
                 cwd=REPOSITORY,
                 env=environment_for(directory / "data"),
                 stdin=subprocess.PIPE,

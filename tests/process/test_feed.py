@@ -13,7 +13,7 @@ from app.services.retention import make_retention_service
 from app.services.tasks import TaskService
 from app.settings import Settings
 from app.store.connect import connect
-from tests.faults.servers import Valkey, _ends_with_us
+from tests.faults.servers import Valkey, ends_with_us
 from tests.process.service_process import REPOSITORY, environment_for
 
 WORKER = """
@@ -57,7 +57,7 @@ async def test_a_callback_hears_what_another_process_does_and_the_other_one_hear
                 await asyncio.sleep(0.01)
 
     worker = subprocess.Popen(
-        _ends_with_us([sys.executable, "-c", WORKER]),
+        ends_with_us([sys.executable, "-c", WORKER]),
         cwd=REPOSITORY,
         env=environment_for(tmp_path / "data", REDIS_URL=valkey.url, PYTHONPATH=str(REPOSITORY)),
         stdout=subprocess.PIPE,

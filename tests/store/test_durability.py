@@ -15,7 +15,7 @@ import pytest
 from app.errors import SessionNotFoundError, StoreUnavailableError
 from app.store.scripts import HINTS, READING
 from tests.faults.proxy import Proxy
-from tests.faults.servers import HOST, Valkey, wait_until
+from tests.faults.servers import HOST, Valkey, follows, wait_until
 from tests.service import BASE
 from tests.store.sessions import (
     READS,
@@ -34,10 +34,6 @@ WAIT_S = 0.15
 """How long a sending of these tests waits for a replica."""
 
 REPLICATED: dict[str, Any] = {"durability": "replicated", "redis_timeout_s": 2 * WAIT_S}
-
-
-def follows(replica: Valkey) -> bool:
-    return bool(replica.command("INFO", "replication")["master_link_status"] == "up")
 
 
 class Pair:
