@@ -27,6 +27,7 @@ from app.settings import Settings, load_settings, variable_of
 from app.store.connect import connect
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
+from app.store.links import PooledLink
 from tests.faults.servers import Valkey
 from tests.service import BASE, serving
 
@@ -202,7 +203,7 @@ def fake_gateway(server: FakeServer | None = None, **settings: Any) -> Gateway:
     server = server or FakeServer()
     chosen = known_settings(**settings)
     return Gateway(
-        lambda: FakeAsyncRedis(server=server, legacy_responses=False),
+        lambda _: PooledLink(FakeAsyncRedis(server=server, legacy_responses=False), send_s=1.5),
         keys=Keys(hash_tag=chosen.hash_tag),
         lifetime_ms=chosen.session_ttl_s * 1000,
         mode="standalone",

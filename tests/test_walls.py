@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
 
 HOMES: dict[str, set[str]] = {
     "redis": {"store"},
+    "hiredis": {"store"},
     "tenacity": {"store", "client"},
     "starlette": {"api", "main"},
     "python_multipart": {"api"},
@@ -94,6 +95,8 @@ INFRASTRUCTURE: dict[str, str] = {
     "services/standin": "services by module-level names",
     "services/sweeper": "what every feature has cleaned up, by one process at a time",
     "services/reporter": "what a generator reports through, in any process",
+    "store/links": "the ways that commands reach a store, alike for the gateway",
+    "store/multiplex": "one connection that everybody shares",
     "store/client": "from an address to a client of the Redis library",
     "store/connect": "from the settings to a gateway, the one way in",
     "store/embedded": "the server that runs when no other is configured",

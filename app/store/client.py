@@ -7,7 +7,7 @@ ASK and TRYAGAIN, where the node that answers so has refused the command.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from redis.asyncio import (
@@ -38,7 +38,8 @@ from redis.maint_notifications import MaintNotificationsConfig
 from app.address import StoreAddress
 from app.store.faults import TooFewReplicasError
 
-Command = Sequence[str | bytes | int]
+Command = tuple[str | bytes | int, ...]
+Client = Redis | RedisCluster
 
 REDIRECTIONS = 5
 """How often a Cluster may send commands on to another node before that counts as a failure."""
@@ -52,7 +53,7 @@ CANCEL_AGAIN_S = 0.1
 
 def make_client(
     address: StoreAddress, *, timeout_s: float, max_connections: int, client_name: str
-) -> Redis | RedisCluster:
+) -> Client:
     """Make a client that sends every command once; it connects when it is first used.
 
     `timeout_s` limits each step: the wait for a free connection (but not the wait for others who
@@ -79,7 +80,7 @@ def make_client(
         **common,
     }
     if address.mode == "cluster":
-        return _Cluster(
+        return ClusterClient(
             startup_nodes=[ClusterNode(host, port) for host, port in address.nodes],
             max_connections=max_connections,
             # By default every fifth MOVED closes all connections, under commands in flight too.
@@ -99,9 +100,7 @@ def make_client(
     return Redis.from_pool(_Pool(**data))
 
 
-async def send_and_wait(
-    client: Redis | RedisCluster, key: str, commands: Sequence[Command], wait_ms: int
-) -> Any:
+async def send_and_wait(client: Client, key: str, commands: list[Command], wait_ms: int) -> Any:
     """Send commands about the slot of `key`, and have a replica confirm what they wrote.
 
     All of it goes over one connection in one round trip: WAIT counts replicas that have what its
@@ -110,7 +109,7 @@ async def send_and_wait(
     replica has confirmed within `wait_ms`.
     """
     row = [*commands, ("WAIT", 1, wait_ms)]
-    if isinstance(client, _Cluster):
+    if isinstance(client, ClusterClient):
         answers = await client.send_in_a_row(key, row)
     else:
         pipeline = client.pipeline(transaction=False)
@@ -125,20 +124,19 @@ async def send_and_wait(
     return answers[0]
 
 
-async def leave_server(client: Redis | RedisCluster) -> None:
+async def leave_server(client: Client) -> None:
     """Have every connection made anew before it is used again: the master may be another one.
 
     Those in use finish what they are doing. A client of sentinels asks them again, one of a Cluster
     asks for its nodes, any other looks its host up again.
     """
     if isinstance(client, RedisCluster):
-        if isinstance(client, _Cluster):
-            client.look_again()
+        cast("ClusterClient", client).look_again()
         return
     await cast("_Pool", client.connection_pool).leave()
 
 
-async def close_client(client: Redis | RedisCluster) -> None:
+async def close_client(client: Client) -> None:
     """Close every connection of a client from `make_client`, those in use too."""
     await client.aclose()
     if isinstance(client, RedisCluster):
@@ -195,7 +193,7 @@ def _sentinel_pool(
     )
 
 
-class _Steady(AbstractConnection):
+class SteadyConnection(AbstractConnection):
     """A connection on which no cancellation is lost, and that says when it has broken.
 
     redis-py sends through asyncio.wait_for, which before Python 3.12 takes no notice of a
@@ -203,6 +201,18 @@ class _Steady(AbstractConnection):
     it up. It sends in a task of its own, too, and a connection that was closed before that began is
     an AttributeError. One that has broken is a RuntimeError on uvloop.
     """
+
+    def hand_over(self) -> tuple[asyncio.StreamWriter, Callable[[str], Exception]]:
+        """Give away what an open connection writes to, and what makes an error of a reply's text.
+
+        What is left is a connection that is not open. The writer closes its transport when nobody
+        holds it any more.
+        """
+        writer = self._writer
+        if writer is None:
+            raise LostConnectionError("The connection is not open")
+        self._reader = self._writer = None
+        return writer, self._parser.parse_error
 
     async def send_packed_command(
         self, command: bytes | str | Iterable[bytes], check_health: bool = True
@@ -231,23 +241,23 @@ class _Steady(AbstractConnection):
             raise
 
 
-class _TcpConnection(_Steady, Connection):
+class _TcpConnection(SteadyConnection, Connection):
     pass
 
 
-class _TlsConnection(_Steady, SSLConnection):
+class _TlsConnection(SteadyConnection, SSLConnection):
     pass
 
 
-class _UnixConnection(_Steady, UnixDomainSocketConnection):
+class _UnixConnection(SteadyConnection, UnixDomainSocketConnection):
     pass
 
 
-class _SentinelConnection(_Steady, SentinelManagedConnection):
+class _SentinelConnection(SteadyConnection, SentinelManagedConnection):
     pass
 
 
-class _SentinelTlsConnection(_Steady, SentinelManagedSSLConnection):
+class _SentinelTlsConnection(SteadyConnection, SentinelManagedSSLConnection):
     pass
 
 
@@ -343,7 +353,7 @@ def _rank(state: dict[str, Any]) -> tuple[int, bool, bool]:
     return state["config-epoch"], not state["is_sdown"], "failover" not in str(state["flags"])
 
 
-class _Cluster(RedisCluster):
+class ClusterClient(RedisCluster):
     """A Cluster client that follows ASK, which a node answers while a slot moves away from it.
 
     redis-py 8.1 sends ASKING and the command one after the other on whichever connection has been
@@ -387,11 +397,10 @@ class _Cluster(RedisCluster):
             return node
         if node is None:
             new_host, _, new_port = node_name.rpartition(":")
-            node = ClusterNode(new_host, int(new_port), PRIMARY, **self.connection_kwargs)
-            self.nodes_manager.set_nodes(self.nodes_manager.nodes_cache, {node.name: node})
+            node = self.node_at(new_host, int(new_port))
         return cast("ClusterNode", _AskedNode(node))
 
-    async def send_in_a_row(self, key: str, commands: Sequence[Command]) -> list[Any]:
+    async def send_in_a_row(self, key: str, commands: list[Command]) -> list[Any]:
         """Send commands to the node of a key, on one connection; errors are among the answers.
 
         A node that answers MOVED has carried out nothing, and the next one is asked. ASK is left to
@@ -412,9 +421,37 @@ class _Cluster(RedisCluster):
             self.look_again()
         return answers
 
+    @property
+    def is_to_look(self) -> bool:
+        """Whether the nodes are to be asked for, by `initialize`, before the next command."""
+        return bool(self._initialize)
+
     def look_again(self) -> None:
         """Ask for the nodes before the next command. Connections that work stay open."""
         self._initialize = True
+
+    def ask_last(self, node: ClusterNode) -> None:
+        """Ask for the nodes before the next command, and one that has failed after the others."""
+        self.nodes_manager.move_node_to_end_of_cached_nodes(node.name)
+        self.look_again()
+
+    def make_connection(self, node: ClusterNode) -> SteadyConnection:
+        """Make a connection to a node that is not open yet."""
+        once = {"retry": Retry(NoBackoff(), 0)}
+        connection: Any = node.connection_class(**{**node.connection_kwargs, **once})
+        return cast("SteadyConnection", connection)
+
+    def node_of(self, key: str) -> ClusterNode:
+        """Find the master of a key's slot. Raises SlotNotCoveredError when it is not known."""
+        return cast("ClusterNode", self.get_node_from_key(key))
+
+    def node_at(self, host: str, port: int) -> ClusterNode:
+        """Find a node by its address; one that is not known yet is added."""
+        node = self.nodes_manager.get_node(host=host, port=port)
+        if node is None:
+            node = ClusterNode(host, port, PRIMARY, **self.connection_kwargs)
+            self.nodes_manager.set_nodes(self.nodes_manager.nodes_cache, {node.name: node})
+        return node
 
 
 class _AskedNode:

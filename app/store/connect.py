@@ -4,27 +4,26 @@ import atexit
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, cast
+
+from redis.asyncio import Redis
 
 from app.address import StoreAddress, unix_address
 from app.settings import Settings
-from app.store.client import make_client
+from app.store.client import Client, ClusterClient, make_client
 from app.store.embedded import attach_or_start
-from app.store.gateway import Client, Gateway, RetryPolicy
+from app.store.gateway import Gateway, RetryPolicy
 from app.store.health import STEP_S, Probe
 from app.store.keys import Keys
+from app.store.links import Link, PooledLink, SharedCluster, SharedLink, Way
 from app.store.subscription import Subscription
-
-CONNECTIONS = 50
-"""Most connections of one process to the store. A call takes well under a millisecond of one, so
-more would only queue in the store instead of here: the 51st call waits for a free one."""
-
-CLUSTER_CONNECTIONS = 512
-"""The same for each node of a Cluster, whose client cannot wait: the 513th call at once is refused
-as `overloaded`."""
 
 BULK_CONNECTIONS = 8
 """Connections for the parts of large bodies: 4 MB on their way at once, and no other call waits
 behind them."""
+
+WAITING_CONNECTIONS = 2
+"""Connections for commands that wait until something happens: one, and one for all others."""
 
 SEND_LIMIT = 1.5
 """Longest sending, in time limits of one command: four of them and the waits between, 14.5 s by
@@ -42,12 +41,12 @@ def connect(settings: Settings) -> Gateway:
     none runs there. Raises `EmbeddedStoreError`, and `RuntimeError` outside the main thread when it
     has to start one.
     """
-    return _connect(settings, CONNECTIONS, "onboarding")
+    return _connect(settings, partial(_make_link, settings))
 
 
 def connect_bulk(settings: Settings) -> Gateway:
     """Make a gateway to the same store for large bodies. Raises what `connect` raises."""
-    return _connect(settings, BULK_CONNECTIONS, "onboarding-bulk")
+    return _connect(settings, partial(_lend, settings, BULK_CONNECTIONS, "onboarding-bulk"))
 
 
 def make_subscription(settings: Settings) -> Subscription:
@@ -55,23 +54,23 @@ def make_subscription(settings: Settings) -> Subscription:
     return Subscription(_client_maker(settings, settings.redis_timeout_s, 2, "onboarding-streams"))
 
 
-def _connect(settings: Settings, connections: int, name: str) -> Gateway:
-    mode = store_mode(settings)
-    connections = CLUSTER_CONNECTIONS if mode == "cluster" else connections
+def _connect(settings: Settings, make_link: Callable[[Way], Link]) -> Gateway:
+    # An embedded store is started here and now, and by the main thread.
+    _address(settings)
     return Gateway(
-        _client_maker(settings, settings.redis_timeout_s, connections, name),
+        make_link,
         keys=Keys(hash_tag=settings.hash_tag),
         lifetime_ms=settings.session_ttl_s * 1000,
-        mode=mode,
+        mode=store_mode(settings),
         policy=RetryPolicy(
-            send_s=SEND_LIMIT * settings.redis_timeout_s,
+            send_s=_send_s(settings),
             attempts=settings.retry_attempts,
             base_s=settings.retry_base_s,
             jitter_s=settings.retry_jitter_s,
             deadline_s=settings.request_deadline_s,
             budget=settings.max_in_flight * (settings.retry_attempts - 1),
         ),
-        replica_wait_ms=_if_replicated(settings, REPLICA_WAIT * settings.redis_timeout_s),
+        replica_wait_ms=_replica_wait_ms(settings),
     )
 
 
@@ -92,13 +91,49 @@ def _if_replicated(settings: Settings, wait_s: float) -> int | None:
     return max(1, int(wait_s * 1000)) if settings.durability == "replicated" else None
 
 
+def _send_s(settings: Settings) -> float:
+    return SEND_LIMIT * settings.redis_timeout_s
+
+
+def _replica_wait_ms(settings: Settings) -> int | None:
+    return _if_replicated(settings, REPLICA_WAIT * settings.redis_timeout_s)
+
+
+def _make_link(settings: Settings, way: Way) -> Link:
+    if way is Way.LENT:
+        return _lend(settings, WAITING_CONNECTIONS, "onboarding-waiting", way)
+    how: dict[str, Any] = {
+        "timeout_s": settings.redis_timeout_s,
+        "open_s": _send_s(settings),
+        "wait_ms": _replica_wait_ms(settings) if way is Way.CONFIRMED else None,
+    }
+    # The client only says how connections are made; one of a Cluster asks for the nodes, too.
+    client = _client_maker(settings, settings.redis_timeout_s, 2, "onboarding")()
+    if isinstance(client, Redis):
+        return SharedLink(client, **how)
+    return SharedCluster(cast("ClusterClient", client), **how)
+
+
+def _lend(settings: Settings, connections: int, name: str, way: Way) -> Link:
+    client = _client_maker(settings, settings.redis_timeout_s, connections, name)()
+    wait_ms = _replica_wait_ms(settings) if way is Way.CONFIRMED else None
+    return PooledLink(client, send_s=_send_s(settings), wait_ms=wait_ms)
+
+
 def _client_maker(
     settings: Settings, timeout_s: float, connections: int, name: str
 ) -> Callable[[], Client]:
-    address = settings.store_address or _embedded_address(settings.data_dir)
     return partial(
-        make_client, address, timeout_s=timeout_s, max_connections=connections, client_name=name
+        make_client,
+        _address(settings),
+        timeout_s=timeout_s,
+        max_connections=connections,
+        client_name=name,
     )
+
+
+def _address(settings: Settings) -> StoreAddress:
+    return settings.store_address or _embedded_address(settings.data_dir)
 
 
 @cache

@@ -27,6 +27,10 @@ class TooLateError(Exception):
     """A sending that came too late by the store's clock, which had just been learnt from it."""
 
 
+class TooMuchAtOnceError(Exception):
+    """More is waiting to be sent, or to be answered, than may; this was not sent."""
+
+
 class Remedy(Enum):
     """What to do about a failure."""
 
@@ -98,6 +102,7 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
         "No connection available",
         Fault("pool_exhausted", Remedy.RETRY, OverloadedError),
     ),
+    (TooMuchAtOnceError, "", Fault("backlog_full", Remedy.RETRY, OverloadedError)),
     (redis_errors.BusyLoadingError, "", _transient("loading")),
     # A replica that was the master: the new one may be found in time.
     (

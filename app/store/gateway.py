@@ -26,7 +26,6 @@ from enum import Enum, auto
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
-from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import NoScriptError
 from tenacity import (
     AsyncRetrying,
@@ -44,10 +43,10 @@ from app.context import get_context
 from app.errors import IdempotencyMismatchError, StoreError
 from app.metrics import STORE_ERRORS, STORE_RETRIES, STORE_RETRIES_DENIED, STORE_TALLY
 from app.onboarding.idempotency import IdempotentRequest
-from app.store.client import close_client, leave_server, send_and_wait
 from app.store.faults import Fault, Remedy, TooLateError, corrupt, judge
 from app.store.index import IndexFollower
 from app.store.keys import Keys, SessionKeys
+from app.store.links import Link, Way
 from app.store.retry_budget import RetryBudget
 from app.store.scripts import Script, load_script
 
@@ -57,7 +56,6 @@ MARK_MS = 60_000
 """How long a mark lives, in milliseconds. Most find the one before it."""
 
 Argument = str | bytes | int
-Client = Redis | RedisCluster
 T = TypeVar("T")
 
 
@@ -108,7 +106,7 @@ class Gateway:
 
     def __init__(
         self,
-        make_client: Callable[[], Client],
+        make_link: Callable[[Way], Link],
         *,
         keys: Keys,
         lifetime_ms: int,
@@ -116,7 +114,7 @@ class Gateway:
         policy: RetryPolicy,
         replica_wait_ms: int | None = None,
     ) -> None:
-        """Take what makes the client: it is made anew for every event loop that asks.
+        """Take what makes a way to the store, one for each event loop that asks.
 
         `lifetime_ms` is how long a session lives after a write; `mode` is what health reports.
         `replica_wait_ms` is how long one sending of a write waits for a replica; None = for none.
@@ -124,19 +122,33 @@ class Gateway:
         self.keys = keys
         self.lifetime_ms = lifetime_ms
         self.mode = mode
-        self._make_client = make_client
+        self._make_link = make_link
         self._policy = policy
         self._budget = RetryBudget(policy.budget)
         self._replica_wait_ms = replica_wait_ms
         self._ahead_ms = 0
-        self._clients: dict[tuple[asyncio.AbstractEventLoop, bool], Client] = {}
+        self._links: dict[tuple[asyncio.AbstractEventLoop, Way], Link] = {}
         self._sending: set[asyncio.Task[Any]] = set()
         self._failures: deque[float] = deque(maxlen=10_000)
         self._follower = IndexFollower(self) if keys.hash_tag else None
 
-    async def command(self, *parts: Argument) -> Any:
-        """Send a command that only reads, or may be repeated and lost. Raises a `StoreError`."""
-        return await self._deliver(str(parts[0]), parts[1:2], lambda _: self._execute(parts))
+    async def command(self, *parts: Argument, key: str | None = None) -> Any:
+        """Send a command that only reads, or may be repeated and lost. Raises a `StoreError`.
+
+        `key` says what it is about, where that is not its first argument.
+        """
+        about = str(parts[1]) if key is None and len(parts) > 1 else key or ""
+        return await self._deliver(str(parts[0]), parts[1:2], lambda _: self._execute(parts, about))
+
+    async def command_that_waits(self, *parts: Argument) -> Any:
+        """Send one that keeps the server waiting until something happens. Raises a `StoreError`."""
+        link = self._link(Way.LENT)
+        return await self._deliver(str(parts[0]), (), lambda _: link.send("", [parts]))
+
+    async def command_everywhere(self, *parts: Argument) -> list[Any]:
+        """Send a command about no key to every server that takes writes. Raises a `StoreError`."""
+        link = self._link(Way.SHARED)
+        return await self._deliver(str(parts[0]), (), lambda _: link.send_to_all(parts))
 
     async def write(self, name: str, key: str, *args: Argument) -> None:
         """Send a command that writes to one key what must not be lost, and may be repeated.
@@ -260,30 +272,19 @@ class Gateway:
         return sum(at > since for at in self._failures)
 
     def describe_pool(self) -> dict[str, int]:
-        """Count the connections of this event loop: `in_use`, `idle`, `max`."""
-        pools: list[Any] = [
-            client.connection_pool
-            for client in self._clients_here()
-            if not isinstance(client, RedisCluster)
-        ]
-        if not pools:
-            return {}
-        return {
-            # The pool counts, but does not tell.
-            "in_use": sum(len(pool._in_use_connections) for pool in pools),  # noqa: SLF001
-            "idle": sum(len(pool._available_connections) for pool in pools),  # noqa: SLF001
-            "max": sum(pool.max_connections for pool in pools),
-        }
+        """Count what this event loop has: open `connections`, and calls that are `waiting`."""
+        counts = [link.describe() for link in self._links_here()]
+        return {name: sum(each[name] for each in counts) for name in ("connections", "waiting")}
 
     async def aclose(self) -> None:
         """Close the connections of this event loop."""
         if self._follower is not None:
             await self._follower.aclose()
         loop = asyncio.get_running_loop()
-        for waits in (False, True):
-            client = self._clients.pop((loop, waits), None)
-            if client is not None:
-                await close_client(client)
+        for way in Way:
+            link = self._links.pop((loop, way), None)
+            if link is not None:
+                await link.aclose()
 
     async def _deliver(
         self, what: str, keys: Sequence[Argument], send: Callable[[int], Awaitable[T]]
@@ -386,7 +387,7 @@ class Gateway:
             return await self._execute(("EVAL", script.text, *rest), keys[0], vouch)
 
     async def _execute(
-        self, command: Sequence[Argument], key: str = "", vouch: Vouch = Vouch.NOTHING
+        self, command: tuple[Argument, ...], key: str, vouch: Vouch = Vouch.NOTHING
     ) -> Any:
         wait_ms = None if vouch is Vouch.NOTHING else self._replica_wait_ms
         commands = [command]
@@ -397,38 +398,29 @@ class Gateway:
         if context is not None:
             context.meter.commands += len(commands)
         STORE_TALLY.commands += len(commands)
-        client = self._client(waits=wait_ms is not None)
-        task = asyncio.current_task()
-        before = 0 if task is None else task.cancelling()
+        way = Way.SHARED if wait_ms is None else Way.CONFIRMED
+        begun_s = monotonic_s()
         try:
-            async with asyncio.timeout(self._policy.send_s):
-                if wait_ms is None:
-                    return await client.execute_command(*command)
-                return await send_and_wait(client, key, commands, wait_ms)
+            return await self._link(way).send(key, commands)
         except Exception as failure:
             fault = judge(failure)
             if fault is not None and fault.elsewhere:
-                for each in self._clients_here():
-                    await leave_server(each)
+                for each in self._links_here():
+                    await each.leave(begun_s)
             raise
-        finally:
-            if task is not None and task.cancelling() > before:
-                # It may have been lost on the way: one that meets asyncio.timeout as it is entered
-                # is taken for the timeout's own.
-                raise asyncio.CancelledError
 
-    def _client(self, *, waits: bool) -> Client:
+    def _link(self, way: Way) -> Link:
         loop = asyncio.get_running_loop()
-        client = self._clients.get((loop, waits))
-        if client is None:
+        link = self._links.get((loop, way))
+        if link is None:
             # Connections belong to an event loop; those of loops that are closed are gone.
-            self._clients = {at: c for at, c in self._clients.items() if not at[0].is_closed()}
-            client = self._clients[loop, waits] = self._make_client()
-        return client
+            self._links = {at: each for at, each in self._links.items() if not at[0].is_closed()}
+            link = self._links[loop, way] = self._make_link(way)
+        return link
 
-    def _clients_here(self) -> list[Client]:
+    def _links_here(self) -> list[Link]:
         loop = asyncio.get_running_loop()
-        return [client for (other, _), client in self._clients.items() if other is loop]
+        return [link for (other, _), link in self._links.items() if other is loop]
 
 
 class _Repeats(stop_base):

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 from redis.exceptions import ResponseError
 
 from app.clock import monotonic_s
-from app.store.client import close_client, leave_server, send_and_wait
+from app.store.client import Client, close_client, leave_server, send_and_wait
 from app.store.faults import TooFewReplicasError, judge
-from app.store.gateway import Client
 
 STEP_S = 0.4
 """Longest wait for one answer, in seconds. The probe's client keeps it too."""

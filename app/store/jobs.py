@@ -79,7 +79,7 @@ class JobStore:
         return await self._read(worker, *found[1][0]) if found[1] else None
 
     async def _wait(self, worker: str, wait_ms: int) -> Job | None:
-        found = await self._gateway.command(
+        found = await self._gateway.command_that_waits(
             *("XREADGROUP", "GROUP", GROUP, worker, "COUNT", 1, "BLOCK", wait_ms),
             *("STREAMS", self._key, ">"),
         )
@@ -91,7 +91,9 @@ class JobStore:
 
     async def _make_group(self) -> None:
         try:
-            await self._gateway.command("XGROUP", "CREATE", self._key, GROUP, "0", "MKSTREAM")
+            await self._gateway.command(
+                "XGROUP", "CREATE", self._key, GROUP, "0", "MKSTREAM", key=self._key
+            )
         except ResponseError as refused:
             if not str(refused).startswith("BUSYGROUP"):
                 raise

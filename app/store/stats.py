@@ -203,10 +203,9 @@ class StatsStore:
     async def used_memory(self) -> int | None:
         """Ask how much memory all nodes use, in bytes; None when the store will not say."""
         try:
-            info = await self._gateway.command("INFO", "memory")
+            nodes = await self._gateway.command_everywhere("INFO", "memory")
         except (StoreError, ResponseError):
             return None
-        nodes = [info] if "used_memory" in info else info.values()
         return sum(int(node["used_memory"]) for node in nodes)
 
 

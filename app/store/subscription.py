@@ -14,9 +14,8 @@ from redis.asyncio import RedisCluster
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.errors import StoreUnavailableError
-from app.store.client import close_client, end_task
+from app.store.client import Client, close_client, end_task
 from app.store.faults import judge
-from app.store.gateway import Client
 
 log = structlog.get_logger()
 

@@ -27,9 +27,6 @@ OPENING = {"HELLO", "AUTH", "CLIENT", "SELECT"}
 class Loss(Enum):
     """What becomes of a reply that is lost. The server has carried the command out."""
 
-    SWALLOWED = auto()
-    """Nothing arrives, the connection stays open and in step."""
-
     SILENCE = auto()
     """Nothing arrives, nor anything after it; the connection stays open."""
 
@@ -114,11 +111,12 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def drop_replies(self, count: int, *, to: str | None = None) -> None:
-        """Swallow the next `count` replies, on whichever connection; `to` spares other commands.
+        """Lose the next `count` replies, on whichever connection; `to` spares other commands.
 
-        The server has carried the command out, the connection stays open and in step.
+        The server has carried the command out. The connection stays open, and nothing more arrives
+        on it: a stream of bytes loses none in its middle.
         """
-        self.lose_replies(Loss.SWALLOWED, count, to=to)
+        self.lose_replies(Loss.SILENCE, count, to=to)
 
     def lose_replies(self, how: Loss, count: int, *, to: str | None = None) -> None:
         """Lose the next `count` replies, on whichever connection; `to` spares other commands."""
@@ -263,7 +261,7 @@ class Proxy:
                     held.answer(frame)
                 loss = self._loss_for(name, chosen)
             silent = silent or loss is Loss.SILENCE
-            if silent or loss is Loss.SWALLOWED:
+            if silent:
                 continue
             await self._take_time()
             if loss is Loss.RESET:

@@ -33,7 +33,7 @@ async def client(proxy: Proxy) -> AsyncIterator[Redis]:
 @pytest.mark.parametrize(
     ("how", "failure"),
     [
-        (Loss.SWALLOWED, StoreTimeoutError),
+        (Loss.SILENCE, StoreTimeoutError),
         (Loss.RESET, LostConnectionError),
         (Loss.HALF_SENT, LostConnectionError),
     ],

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 import pytest
 
-from app.store.connect import BULK_CONNECTIONS, CONNECTIONS
+from app.store.connect import BULK_CONNECTIONS
 from tests.faults.aside import Aside, aside
 from tests.faults.conftest import StartService
 from tests.faults.load import Load
@@ -31,7 +31,7 @@ EXPLAINED = {"503 store_full"}
 """What a client may be told: a full store is the one fault that is not outlasted."""
 
 
-MOST_CONNECTIONS = CONNECTIONS + BULK_CONNECTIONS + 4
+MOST_CONNECTIONS = 2 + BULK_CONNECTIONS + 4
 """Most connections of a process to the store: the pools, two to listen, two for health."""
 
 

@@ -25,6 +25,7 @@ from app.store.connect import connect
 from app.store.feed import FeedStore
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
+from app.store.links import PooledLink
 from app.store.retention import RetentionStore
 from app.store.stats import StatsStore
 from tests.conftest import NOON_S, QUICKLY, known_settings
@@ -125,7 +126,7 @@ class TalkativeStore(FakeAsyncRedis):
 
 def talkative_gateway(server: FakeServer, settings: Settings) -> Gateway:
     return Gateway(
-        lambda: TalkativeStore(server=server, legacy_responses=False),
+        lambda _: PooledLink(TalkativeStore(server=server, legacy_responses=False), send_s=1.5),
         keys=Keys(hash_tag=settings.hash_tag),
         lifetime_ms=settings.session_ttl_s * 1000,
         mode="standalone",

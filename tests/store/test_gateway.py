@@ -37,6 +37,7 @@ from app.store.connect import connect
 from app.store.faults import Remedy, judge
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
+from app.store.links import PooledLink
 from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.faults.proxy import Proxy
 from tests.faults.servers import HOST, Valkey, free_ports, wait_until
@@ -477,7 +478,7 @@ class TestAPoolWithoutAFreeConnection:
     @pytest.fixture
     def gateway(self, client: Redis) -> Gateway:
         return Gateway(
-            lambda: client,
+            lambda _: PooledLink(client, send_s=1.5),
             keys=Keys(hash_tag=False),
             lifetime_ms=1000,
             mode="standalone",
@@ -824,7 +825,7 @@ class TestTheTableOfFaults:
         client = Client()
         fake = SimpleNamespace(execute_command=client.execute_command)
         gateway = Gateway(
-            lambda: fake,  # type: ignore[arg-type,return-value]
+            lambda _: PooledLink(fake, send_s=1.5),  # type: ignore[arg-type]
             keys=Keys(hash_tag=False),
             lifetime_ms=1000,
             mode="standalone",
@@ -853,7 +854,7 @@ async def test_a_cancelled_write_frees_its_connection_and_later_answers_are_thei
         step = await wired.manager.get_step(session_id, 2)
         assert step is not None
         assert step["data"] == {"a": 2}
-        assert wired.gateway.describe_pool()["in_use"] == 0
+        assert wired.gateway.describe_pool()["waiting"] == 0
 
 
 async def test_an_idempotency_key_and_a_lost_reply_make_one_session(

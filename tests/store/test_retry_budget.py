@@ -12,6 +12,7 @@ from app.settings import load_settings
 from app.store.connect import connect
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
+from app.store.links import PooledLink
 from app.store.retry_budget import REFILL_S, RetryBudget
 
 Pass = Callable[[float], None]
@@ -64,7 +65,7 @@ class TestABudget:
 
 def gateway_to(server: FakeServer, budget: int) -> Gateway:
     return Gateway(
-        lambda: FakeAsyncRedis(server=server, legacy_responses=False),
+        lambda _: PooledLink(FakeAsyncRedis(server=server, legacy_responses=False), send_s=1.5),
         keys=Keys(hash_tag=False),
         lifetime_ms=1000,
         mode="standalone",

@@ -13,6 +13,7 @@ from app.errors import StoreUnavailableError
 from app.onboarding.tasks import Task, TaskStatus
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
+from app.store.links import PooledLink
 from app.store.scripts import load_script
 from app.store.tasks import TaskStore
 from tests.faults.proxy import Proxy
@@ -117,7 +118,7 @@ class TwoNodes:
 
 def gateway_to(client: Any) -> Gateway:
     return Gateway(
-        lambda: client,
+        lambda _: PooledLink(client, send_s=1.5),
         keys=Keys(hash_tag=False),
         lifetime_ms=1000,
         mode="standalone",

@@ -1,7 +1,7 @@
 """Tasks and the lists that they stand in: made once, ended once, never in one and not the other."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -501,7 +501,7 @@ async def test_a_tagged_task_that_is_away_is_announced_first_and_removed_first(
     store, sent = TaskStore(gateway), []
     execute = gateway._execute
 
-    async def note(command: Sequence[Argument], *rest: Any) -> object:
+    async def note(command: tuple[Argument, ...], *rest: Any) -> object:
         sent.append(command)
         return await execute(command, *rest)
 
