@@ -9,13 +9,17 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import FrameType
+from typing import Any
 
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from app import __version__
+from app.api.fastpath import FastPath
 from app.api.middleware import DeadlineMiddleware, ExactCORSMiddleware, RequestMiddleware
 from app.api.problems import ProblemMiddleware, describe_http_exception
 from app.api.routes import build_routes
@@ -30,9 +34,27 @@ ORPHAN_GRACE_S = 2.0
 """How long a worker without its parent finishes requests, in seconds: the store may be gone too."""
 
 
+class Service(Starlette):
+    """The application, with a short way for the requests that come all day."""
+
+    def __init__(self, settings: Settings, routes: list[Route], **options: Any) -> None:
+        super().__init__(routes=routes, **options)
+        self._fast_path = FastPath(
+            super().__call__,
+            routes,
+            deadline_s=settings.request_deadline_s,
+            origins=settings.cors_origins,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        await self._fast_path(scope, receive, send)
+
+
 def create_app(settings: Settings) -> Starlette:
     """Make the application."""
-    app = Starlette(
+    app = Service(
+        settings,
         routes=build_routes(),
         lifespan=_lifespan(settings),
         middleware=[
@@ -56,6 +78,9 @@ def create_app_from_environment() -> Starlette:
     # What was loaded stays as long as the process. To look through all of it for garbage would hold
     # every request up for 40 ms and more, and most of all when many calls fail at once.
     gc.freeze()
+    # What a request leaves behind goes by its reference counts. A look at the young after every 700
+    # costs a fifth of the throughput, and holds some requests up for 6 ms more.
+    gc.set_threshold(50_000, 20, 100)
     return app
 
 

@@ -11,7 +11,8 @@ from httpx2 import AsyncClient
 from redis.asyncio import Redis
 
 from app.main import create_app_from_environment
-from app.server import Protocol, make_config
+from app.protocol import Protocol
+from app.server import make_config
 from tests.service import BASE
 
 HEAD = "Host: x\r\nContent-Type: application/json\r\n"

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import orjson
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.calls import Call
 from app.api.events import BEAT_S
@@ -55,7 +54,7 @@ async def stream_answer(call: Call) -> "AnswerStream":
     return AnswerStream(assistant, await assistant.begin(call.session_id, asked.question))
 
 
-async def get_history(call: Call) -> Response:
+async def get_history(call: Call) -> ASGIApp:
     """List the last questions with their answers."""
     history = await call.services.assistant.get_history(call.session_id)
     return call.answer(HistoryView(history=history))

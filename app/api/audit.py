@@ -1,6 +1,6 @@
 """The record of who did what over HTTP, for operators."""
 
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
@@ -9,7 +9,7 @@ from app.onboarding.audit import MAX_AUDITED, USUAL_AUDITED, AuditList
 from app.onboarding.cursors import parse_limit
 
 
-async def get_audit(call: Call) -> Response:
+async def get_audit(call: Call) -> ASGIApp:
     """Read a part of the record."""
     query = call.query
     limit = parse_limit(query.get("limit", str(USUAL_AUDITED)), MAX_AUDITED)

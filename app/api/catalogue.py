@@ -1,6 +1,7 @@
 """The step catalogue over HTTP."""
 
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
@@ -8,7 +9,7 @@ from app.onboarding.access import Access
 from app.onboarding.catalogue import CatalogueView
 
 
-async def get_catalogue(call: Call) -> Response:
+async def get_catalogue(call: Call) -> ASGIApp:
     """Show the steps that new sessions begin with."""
     return Response(call.manager.catalogue.text, media_type="application/json")
 

@@ -70,6 +70,7 @@ class Resource:
             method: AccessMiddleware(Endpoint(operation), operation)
             for method, operation in operations.items()
         }
+        self._plain = {method for method, operation in operations.items() if _is_plain(operation)}
         if "GET" in operations:
             self.endpoints["HEAD"] = self.endpoints["GET"]
         self._allow = ", ".join(sorted(self.endpoints))
@@ -85,6 +86,19 @@ class Resource:
         if endpoint is None:
             raise HTTPException(405, headers={"Allow": self._allow})
         await endpoint(scope, receive, send)
+
+    def is_plain(self, method: str) -> bool:
+        """Say whether a method's bodies come, and its answers go, in one piece."""
+        return method in self._plain
+
+
+def _is_plain(operation: Operation) -> bool:
+    return (
+        operation.at_once == "requests"
+        and not operation.quiet
+        and not isinstance(operation.body, Stream)
+        and all(answer.media_type == "application/json" for answer in operation.answers)
+    )
 
 
 class Endpoint:

@@ -5,8 +5,7 @@ import random
 from collections.abc import Sequence
 
 import orjson
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
@@ -30,7 +29,7 @@ RETRY_MS = (1000, 4000)
 """
 
 
-async def list_events(call: Call) -> Response:
+async def list_events(call: Call) -> ASGIApp:
     """Read a part of the log."""
     query = call.query
     limit = parse_limit(query.get("limit", str(MAX_EVENTS)), MAX_EVENTS)

@@ -1,7 +1,7 @@
 """Finalize and the export, over HTTP."""
 
 from pydantic import BaseModel, ConfigDict
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
@@ -18,7 +18,7 @@ class Finalize(BaseModel):
     force: bool = False
 
 
-async def finalize(call: Call) -> Response:
+async def finalize(call: Call) -> ASGIApp:
     """Lock the steps and freeze them into an export."""
     wanted = call.parse(Finalize)
     answer = await call.manager.finalize(
@@ -27,7 +27,7 @@ async def finalize(call: Call) -> Response:
     return call.answer(answer)
 
 
-async def get_export(call: Call) -> Response:
+async def get_export(call: Call) -> ASGIApp:
     """Read the latest export."""
     export = await call.manager.get_export(call.session_id)
     if export is None:

@@ -5,7 +5,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.calls import Call
@@ -35,7 +34,7 @@ class ResultBody:
         return aiter(self.content)
 
 
-async def upload(call: Call) -> Response:
+async def upload(call: Call) -> ASGIApp:
     """Make a session with a file."""
     form = UploadForm(call.headers.get("content-type"), call.incoming())
     first = None if call.credential is None else draw_first_token(call.credential)
@@ -46,7 +45,7 @@ async def upload(call: Call) -> Response:
     return call.answer(view, 201, {"location": location})
 
 
-async def put_result(call: Call) -> Response:
+async def put_result(call: Call) -> ASGIApp:
     """Store the result, as it comes."""
     name = parse_filename(call.headers.get("content-disposition"))
     result = ResultBody(

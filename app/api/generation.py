@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
@@ -60,12 +60,12 @@ class SetLanguage(BaseModel):
     language: LanguageTag
 
 
-async def get_status(call: Call) -> Response:
+async def get_status(call: Call) -> ASGIApp:
     """Say how far the generation is."""
     return call.answer(await call.services.generation.get_status(call.session_id))
 
 
-async def get_short_status(call: Call) -> Response:
+async def get_short_status(call: Call) -> ASGIApp:
     """Say the same in fewer words."""
     status = await call.services.generation.get_status(call.session_id)
     return call.answer(
@@ -78,7 +78,7 @@ async def get_short_status(call: Call) -> Response:
     )
 
 
-async def set_status(call: Call) -> Response:
+async def set_status(call: Call) -> ASGIApp:
     """Set the status."""
     wanted = call.parse(SetStatus)
     return call.answer(
@@ -92,7 +92,7 @@ async def set_status(call: Call) -> Response:
     )
 
 
-async def add_event(call: Call) -> Response:
+async def add_event(call: Call) -> ASGIApp:
     """Add a report of progress to the log."""
     sent = call.parse(AddEvent)
     event = ProgressEvent(
@@ -104,13 +104,13 @@ async def add_event(call: Call) -> Response:
     return call.answer(view, 200 if was_taken_before else 201)
 
 
-async def get_language(call: Call) -> Response:
+async def get_language(call: Call) -> ASGIApp:
     """Say in which language the session is answered."""
     language = await call.services.generation.get_language_preference(call.session_id)
     return call.answer(LanguageView(session_id=call.session_id, language=language))
 
 
-async def set_language(call: Call) -> Response:
+async def set_language(call: Call) -> ASGIApp:
     """Set the language."""
     wanted = call.parse(SetLanguage)
     language = await call.services.generation.set_language_preference(

@@ -1,6 +1,6 @@
 """Health over HTTP: for balancers, orchestrators and people."""
 
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Handler, Operation
@@ -8,18 +8,18 @@ from app.onboarding.access import Access
 from app.services.health import HealthReport
 
 
-async def get_liveness(call: Call) -> Response:
+async def get_liveness(call: Call) -> ASGIApp:
     """Say that the process runs; touches nothing."""
     return call.answer({"status": "alive"})
 
 
-async def get_health(call: Call) -> Response:
+async def get_health(call: Call) -> ASGIApp:
     """Say whether reads and writes work."""
     report = call.services.health.report()
     return call.answer(report, 200 if report["status"] == "ok" else 503)
 
 
-async def get_readiness(call: Call) -> Response:
+async def get_readiness(call: Call) -> ASGIApp:
     """Say whether requests should come here: also while only reads work."""
     report = call.services.health.report()
     return call.answer(report, 200 if report["status"] in {"ok", "degraded"} else 503)

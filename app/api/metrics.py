@@ -1,13 +1,14 @@
 """The metrics over HTTP: for Prometheus."""
 
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
 from app.onboarding.access import Access
 
 
-async def get_metrics(call: Call) -> Response:
+async def get_metrics(call: Call) -> ASGIApp:
     """Tell how the service does, in numbers."""
     accept = call.headers.get("accept", "")
     text, media_type = await call.services.metrics.describe(accept)

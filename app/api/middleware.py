@@ -72,7 +72,7 @@ class RequestMiddleware:
                 answer.update(scope.get(HEADERS, {}))
                 # Whether a body that waits for leave still comes is open: what comes next may be
                 # it, or not.
-                if (waits_for_leave and not read) or _is_stopping(scope):
+                if (waits_for_leave and not read) or is_stopping(scope):
                     answer["connection"] = "close"
             await send(message)
 
@@ -100,7 +100,7 @@ class RequestMiddleware:
             reset_context(token)
 
 
-def _is_stopping(scope: Scope) -> bool:
+def is_stopping(scope: Scope) -> bool:
     """Say whether this process is about to end, so that clients had better go elsewhere.
 
     A connection that is kept until the end is closed under whoever sends just then.

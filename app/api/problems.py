@@ -164,19 +164,24 @@ class ProblemMiddleware:
         except ClientDisconnect:
             # Nobody is left to answer; the log line says 499.
             raise
-        except OnboardingError as error:
-            response = describe(scope, error)
-            if isinstance(error, CorruptRecordError | DeadlineExceededError):
-                log.warning("request_failed", code=error.code)
         except Exception as error:  # noqa: BLE001 - the last resort, so that nobody sees a stack
-            log.error("request_crashed", exception=type(error).__name__, at=_frames(error))
-            detail = "Something went wrong here; the operators find it by the request_id"
-            response = _problem_here(scope, "internal_error", detail)
+            response = explain(scope, error)
         else:
             return
         if begun:
             raise RuntimeError("an answer that had begun could not be finished")
         await response(scope, receive, send)
+
+
+def explain(scope: Scope, error: Exception) -> Response:
+    """Make the answer for whatever went wrong, and log what operators should know of it."""
+    if isinstance(error, OnboardingError):
+        if isinstance(error, CorruptRecordError | DeadlineExceededError):
+            log.warning("request_failed", code=error.code)
+        return describe(scope, error)
+    log.error("request_crashed", exception=type(error).__name__, at=_frames(error))
+    detail = "Something went wrong here; the operators find it by the request_id"
+    return _problem_here(scope, "internal_error", detail)
 
 
 def _problem_here(scope: Scope, code: str, detail: str, **members: Any) -> Response:

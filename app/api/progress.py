@@ -1,6 +1,6 @@
 """How far a session is, over HTTP."""
 
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
@@ -8,12 +8,12 @@ from app.onboarding.access import Access
 from app.onboarding.sessions import ProgressView, SummaryView
 
 
-async def get_progress(call: Call) -> Response:
+async def get_progress(call: Call) -> ASGIApp:
     """Say how far a session is."""
     return call.answer(await call.manager.view_progress(call.session_id))
 
 
-async def get_summary(call: Call) -> Response:
+async def get_summary(call: Call) -> ASGIApp:
     """Show a session at a glance, without its answers."""
     return call.answer(await call.manager.get_session_summary(call.session_id))
 

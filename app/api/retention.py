@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from pydantic import MISSING, BaseModel, ConfigDict, Field, StringConstraints
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.generation import LanguageTag
@@ -76,7 +76,7 @@ class Config(BaseModel):
     ) = None
 
 
-async def clean_up(call: Call) -> Response:
+async def clean_up(call: Call) -> ASGIApp:
     """Remove sessions."""
     wanted = call.parse(Cleanup)
     done = await call.services.retention.cleanup(
@@ -88,7 +88,7 @@ async def clean_up(call: Call) -> Response:
     return call.answer(done)
 
 
-async def change_sessions(call: Call) -> Response:
+async def change_sessions(call: Call) -> ASGIApp:
     """Change several sessions."""
     wanted = call.parse(BulkChange)
     updates = wanted.set.model_dump()
@@ -104,22 +104,22 @@ async def change_sessions(call: Call) -> Response:
     )
 
 
-async def recover_session(call: Call) -> Response:
+async def recover_session(call: Call) -> ASGIApp:
     """Keep what can be read of a session."""
     return call.answer(await call.services.retention.recover_corrupted_session(call.session_id))
 
 
-async def erase_user(call: Call) -> Response:
+async def erase_user(call: Call) -> ASGIApp:
     """Remove what there is of a user."""
     return call.answer(await call.services.retention.erase_user(call.parameters["user_id"]))
 
 
-async def get_config(call: Call) -> Response:
+async def get_config(call: Call) -> ASGIApp:
     """Show what all processes share."""
     return call.answer(await call.services.retention.get_config())
 
 
-async def set_config(call: Call) -> Response:
+async def set_config(call: Call) -> ASGIApp:
     """Set what all processes share."""
     wanted = call.parse(Config)
     changes = wanted.model_dump(exclude_unset=True)

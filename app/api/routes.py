@@ -5,6 +5,7 @@ from functools import cache
 
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from app.api import (
     assistant,
@@ -32,12 +33,12 @@ from app.api.operations import Answer, Operation
 from app.onboarding.access import Access
 
 
-async def get_openapi(_: Call) -> Response:
+async def get_openapi(_: Call) -> ASGIApp:
     """Describe the interface to programs."""
     return Response(_openapi(), media_type="application/json")
 
 
-async def get_documentation(_: Call) -> Response:
+async def get_documentation(_: Call) -> ASGIApp:
     """Describe the interface to people."""
     # The page is one file that loads nothing and runs nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
@@ -36,7 +36,7 @@ class CreateSession(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
-async def create_session(call: Call) -> Response:
+async def create_session(call: Call) -> ASGIApp:
     """Make a session; what the body lacks is taken from the query."""
     query = {name: value for name, value in call.query.items() if name in _QUERY}
     wanted = call.parse(CreateSession, query)
@@ -54,7 +54,7 @@ async def create_session(call: Call) -> Response:
     return call.answer(view, 201, {"location": location})
 
 
-async def list_own_sessions(call: Call) -> Response:
+async def list_own_sessions(call: Call) -> ASGIApp:
     """List the sessions of whoever asks, or of the user of the query."""
     query = call.query
     workspace_id, user_id = query.get("workspace_id"), query.get("user_id")
@@ -69,17 +69,17 @@ async def list_own_sessions(call: Call) -> Response:
     return call.answer(page)
 
 
-async def get_session(call: Call) -> Response:
+async def get_session(call: Call) -> ASGIApp:
     """Show a session."""
     return call.answer(await call.manager.get_session(call.session_id))
 
 
-async def reopen_session(call: Call) -> Response:
+async def reopen_session(call: Call) -> ASGIApp:
     """Unlock the steps of a finalized session."""
     return call.answer(await call.manager.reopen(call.session_id, request=call.idempotent))
 
 
-async def delete_session(call: Call) -> Response:
+async def delete_session(call: Call) -> ASGIApp:
     """Remove a session with all its answers."""
     return call.answer(await call.manager.delete_session(call.session_id))
 

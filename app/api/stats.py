@@ -1,6 +1,6 @@
 """Sessions listed and counted over HTTP, for operators."""
 
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
@@ -10,7 +10,7 @@ from app.onboarding.sessions import SessionStatus, check_owner
 from app.onboarding.stats import MAX_PAGE, CapacityHealth, SessionPage, StatsView
 
 
-async def list_sessions(call: Call) -> Response:
+async def list_sessions(call: Call) -> ASGIApp:
     """List sessions, a page at a time."""
     query = call.query
     workspace_id, user_id = query.get("workspace_id"), query.get("user_id")
@@ -25,12 +25,12 @@ async def list_sessions(call: Call) -> Response:
     return call.answer(page)
 
 
-async def get_stats(call: Call) -> Response:
+async def get_stats(call: Call) -> ASGIApp:
     """Count everything."""
     return call.answer(await call.services.stats.get_performance_stats())
 
 
-async def get_capacity_health(call: Call) -> Response:
+async def get_capacity_health(call: Call) -> ASGIApp:
     """Judge how full it is."""
     return call.answer(await call.services.stats.get_health_status())
 

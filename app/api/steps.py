@@ -3,7 +3,7 @@
 from typing import Any
 
 import orjson
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
@@ -16,7 +16,7 @@ from app.onboarding.steps import DeletedStep, DroppedDraft, SavedStep, SavedStep
 _BASE = "/api/v1/onboarding/{id}"
 
 
-async def save_step(call: Call) -> Response:
+async def save_step(call: Call) -> ASGIApp:
     """Save the answers of a step."""
     saved = await call.manager.save_step(
         call.session_id,
@@ -28,7 +28,7 @@ async def save_step(call: Call) -> Response:
     return call.answer(saved, headers=_etag(saved["version"]))
 
 
-async def patch_step(call: Call) -> Response:
+async def patch_step(call: Call) -> ASGIApp:
     """Change some answers of a saved step."""
     saved = await call.manager.patch_step(
         call.session_id,
@@ -40,7 +40,7 @@ async def patch_step(call: Call) -> Response:
     return call.answer(saved, headers=_etag(saved["version"]))
 
 
-async def get_step(call: Call) -> Response:
+async def get_step(call: Call) -> ASGIApp:
     """Read a saved step."""
     step = await call.manager.get_step(call.session_id, call.step_id)
     if step is None:
@@ -51,7 +51,7 @@ async def get_step(call: Call) -> Response:
     return call.answer(step, headers=etag)
 
 
-async def delete_step(call: Call) -> Response:
+async def delete_step(call: Call) -> ASGIApp:
     """Delete a saved step."""
     deleted = await call.manager.delete_step(
         call.session_id,
@@ -62,7 +62,7 @@ async def delete_step(call: Call) -> Response:
     return call.answer(deleted)
 
 
-async def save_steps(call: Call) -> Response:
+async def save_steps(call: Call) -> ASGIApp:
     """Save several steps, all or none."""
     steps = _numbered(call.document().part("steps", InvalidStepDataError))
     return call.answer(
@@ -70,7 +70,7 @@ async def save_steps(call: Call) -> Response:
     )
 
 
-async def list_steps(call: Call) -> Response:
+async def list_steps(call: Call) -> ASGIApp:
     """Read every saved step."""
     steps = await call.manager.get_all_steps(call.session_id)
     return call.answer(
@@ -82,7 +82,7 @@ async def list_steps(call: Call) -> Response:
     )
 
 
-async def save_draft(call: Call) -> Response:
+async def save_draft(call: Call) -> ASGIApp:
     """Keep what is being typed."""
     return call.answer(
         await call.manager.save_draft(
@@ -91,7 +91,7 @@ async def save_draft(call: Call) -> Response:
     )
 
 
-async def get_draft(call: Call) -> Response:
+async def get_draft(call: Call) -> ASGIApp:
     """Read a draft."""
     draft = await call.manager.get_draft(call.session_id, call.step_id)
     if draft is None:
@@ -99,14 +99,14 @@ async def get_draft(call: Call) -> Response:
     return call.answer(draft)
 
 
-async def delete_draft(call: Call) -> Response:
+async def delete_draft(call: Call) -> ASGIApp:
     """Drop a draft."""
     draft = await call.manager.delete_draft(call.session_id, call.step_id)
     named = {"success": True, "session_id": call.session_id, "step_id": call.step_id}
     return call.answer({**named, **(draft or {})})
 
 
-async def promote_draft(call: Call) -> Response:
+async def promote_draft(call: Call) -> ASGIApp:
     """Save a draft as the step."""
     saved = await call.manager.promote_draft_to_step(
         call.session_id,

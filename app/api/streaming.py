@@ -28,6 +28,9 @@ it in seconds."""
 ABORT = "onboarding.abort"
 """Where the server leaves a function that closes the connection at once."""
 
+WHOLE = "onboarding.whole"
+"""Where it leaves a function that sends an answer in one piece: its status, headers and body."""
+
 
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",

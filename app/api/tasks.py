@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
@@ -51,7 +51,7 @@ class SetTaskStatus(BaseModel):
     status: Literal["active", "completed", "failed", "cancelled"]
 
 
-async def create_task(call: Call) -> Response:
+async def create_task(call: Call) -> ASGIApp:
     """Track a task, unless nothing is kept of its type or it has no short."""
     wanted = call.parse(CreateTask)
     task_id = new_task_id() if wanted.task_id is None else wanted.task_id
@@ -67,7 +67,7 @@ async def create_task(call: Call) -> Response:
     return call.answer(view, 201)
 
 
-async def get_task(call: Call) -> Response:
+async def get_task(call: Call) -> ASGIApp:
     """Show a task."""
     view = await call.services.tasks.get_session(call.parameters["task_id"])
     if view is None:
@@ -75,7 +75,7 @@ async def get_task(call: Call) -> Response:
     return call.answer(view)
 
 
-async def set_task_status(call: Call) -> Response:
+async def set_task_status(call: Call) -> ASGIApp:
     """Set the status of a task."""
     wanted = call.parse(SetTaskStatus)
     return call.answer(
@@ -83,7 +83,7 @@ async def set_task_status(call: Call) -> Response:
     )
 
 
-async def delete_task(call: Call) -> Response:
+async def delete_task(call: Call) -> ASGIApp:
     """Remove a task."""
     task_id = call.parameters["task_id"]
     if not await call.services.tasks.remove_session(task_id):
@@ -91,7 +91,7 @@ async def delete_task(call: Call) -> Response:
     return call.answer(RemovedTask(success=True, task_id=task_id))
 
 
-async def list_tasks(call: Call) -> Response:
+async def list_tasks(call: Call) -> ASGIApp:
     """List all tasks, or those of a user."""
     query = call.query
     limit = parse_limit(query.get("limit", str(MAX_TASKS)), MAX_TASKS)
@@ -102,7 +102,7 @@ async def list_tasks(call: Call) -> Response:
     )
 
 
-async def list_short_tasks(call: Call) -> Response:
+async def list_short_tasks(call: Call) -> ASGIApp:
     """List the tasks of a short."""
     query = call.query
     return call.answer(
@@ -115,7 +115,7 @@ async def list_short_tasks(call: Call) -> Response:
     )
 
 
-async def release_scenarios(call: Call) -> Response:
+async def release_scenarios(call: Call) -> ASGIApp:
     """Remove the tasks of a short that were kept until now."""
     short_id = call.parameters["short_id"]
     removed = await call.services.tasks.release_scenarios(short_id)

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from app.api.calls import Call
 from app.api.operations import Answer, Body, Operation
@@ -42,7 +42,7 @@ class UseResumeToken(BaseModel):
     token: str
 
 
-async def create_resume_token(call: Call) -> Response:
+async def create_resume_token(call: Call) -> ASGIApp:
     """Make a resume token, which is shown once."""
     wanted = call.parse(CreateResumeToken)
     created = await call.services.tokens.create_resume_token(
@@ -51,12 +51,12 @@ async def create_resume_token(call: Call) -> Response:
     return call.answer(created, 201)
 
 
-async def list_resume_tokens(call: Call) -> Response:
+async def list_resume_tokens(call: Call) -> ASGIApp:
     """Tell of the resume tokens of a session."""
     return call.answer(await call.services.tokens.list_resume_tokens(call.session_id))
 
 
-async def revoke_resume_token(call: Call) -> Response:
+async def revoke_resume_token(call: Call) -> ASGIApp:
     """Revoke a resume token."""
     token_id = call.parameters["token_id"]
     try:
@@ -67,7 +67,7 @@ async def revoke_resume_token(call: Call) -> Response:
     return call.answer(revoked)
 
 
-async def resume_session(call: Call) -> Response:
+async def resume_session(call: Call) -> ASGIApp:
     """Take a session up with a resume token."""
     view, session_token = await call.services.tokens.resume(call.parse(UseResumeToken).token)
     learn(session_id=view["session_id"])

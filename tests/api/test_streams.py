@@ -37,7 +37,7 @@ from tests.api.helpers import (
 )
 from tests.conftest import QUICKLY, UNLIMITED, known_settings
 from tests.events import Event, EventSource, StreamEndedError, following
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import Loss, Proxy
 from tests.faults.servers import Valkey
 from tests.service import BASE, serving
 
@@ -571,7 +571,7 @@ async def test_a_hundred_reconnections_lose_nothing_and_repeat_nothing(
 async def test_lost_replies_make_no_event_missing_or_double(
     settings: Settings, valkey: Valkey
 ) -> None:
-    """Lose the store's replies to 30 % of 500 reports."""
+    """Break the connection to the store in place of its replies to 30 % of 500 reports."""
     chance = random.Random(500)
     async with Proxy(valkey.port) as proxy:
         lossy = behind(settings, proxy, redis_timeout_s=0.1, retry_attempts=20)
@@ -584,7 +584,7 @@ async def test_lost_replies_make_no_event_missing_or_double(
                 nonlocal dropped
                 for number in numbers:
                     if chance.random() < 0.3:
-                        proxy.drop_replies(1, to="EVALSHA")
+                        proxy.lose_replies(Loss.RESET, 1, to="EVALSHA")
                         dropped += 1
                     await insist(api, session_id, number)
 
