@@ -1,6 +1,7 @@
 """The world of one request: its id, who asks, about which session, how long it may take."""
 
 import os
+import random
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ class Meter:
     retries: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestContext:
     """Never changed, only replaced by one that knows more; the meter in it counts.
 
@@ -36,7 +37,11 @@ class RequestContext:
 
 def new_request_id() -> str:
     """Make an id for a request that came without one."""
-    return os.urandom(16).hex()
+    return f"{_draw(128):032x}"
+
+
+_draw = random.Random(os.urandom(32)).getrandbits  # noqa: S311 - ids of requests are no secret
+"""Asking the system for each id would cost a call to it; processes begin in different places."""
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("request_context", default=None)
@@ -50,6 +55,20 @@ def learn(**known: Any) -> None:
     context = _current.get()
     if context is not None:
         _current.set(replace(context, **known))
+
+
+def learn_caller(context: RequestContext, principal: Principal, session_id: str | None) -> None:
+    """Put one into the place of a context that knows who asks, and about which session."""
+    _current.set(
+        RequestContext(
+            context.request_id,
+            context.deadline_s,
+            context.meter,
+            principal,
+            session_id,
+            context.agent,
+        )
+    )
 
 
 set_context = _current.set

@@ -236,6 +236,7 @@ class Cycle(RequestResponseCycle):
     response_complete = False
     chunked_encoding: bool | None = None
     expected_content_length = 0
+    _is_read = False
 
     async def run(self, app: Any) -> None:
         """Serve the request."""
@@ -244,7 +245,17 @@ class Cycle(RequestResponseCycle):
         finally:
             self._tasks.discard(self.task)
             # It leads back here: a circle would be left for the garbage collector.
-            del self.scope[WHOLE]
+            scope: Any = self.scope
+            del scope[WHOLE]
+
+    async def receive(self) -> Any:
+        """Give what has come of the body; all of it, when it came with the head."""
+        if self.more_body or self.disconnected or self.response_complete or self._is_read:
+            return await super().receive()
+        self._is_read = True
+        self.message_event.clear()
+        body, self.body = self.body, bytearray()
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     async def send_whole(
         self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes

@@ -4,10 +4,10 @@ from typing import cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.headers import describe_policies, describe_standings
+from app.api.headers import describe_policies, describe_standing, describe_standings
 from app.api.middleware import HEADERS
 from app.api.operations import Operation
-from app.context import get_context, learn
+from app.context import get_context, learn_caller
 from app.errors import (
     AccessError,
     NotTheirsError,
@@ -21,7 +21,6 @@ from app.onboarding.access import NOBODY, Access, Principal, check_access
 from app.onboarding.audit import Lane
 from app.onboarding.limits import Standing, caller_of_address
 from app.onboarding.sessions import is_public_id
-from app.services.access import AccessService
 from app.services.audit import AuditTrail
 from app.services.limits import Limiter, LimitReachedError
 from app.wiring import AppState
@@ -38,6 +37,7 @@ class AccessMiddleware:
         self.app = app
         self._operation = operation
         is_open = operation.access is Access.OPEN
+        self._creates = operation.access is Access.CREATE
         # What may be guessed: the id of a session, or a token that opens one.
         self._may_guess = is_open or "{id}" in operation.path
         self._miss = ResumeTokenNotFoundError if is_open else SessionNotFoundError
@@ -51,36 +51,52 @@ class AccessMiddleware:
         services = cast("AppState", scope["state"])["services"]
         if self._operation.at_once == "requests":
             services.in_flight.check()
-        principal, refusal = await self._identify(services.access, scope)
-        learn(principal=principal, session_id=_session_of(scope))
+        principal, refusal = NOBODY, None
+        if self._operation.access is not Access.OPEN:
+            try:
+                # Who is refused is refused once they have been counted.
+                found = services.access.recognise(scope["headers"])
+                if not isinstance(found, Principal):
+                    found = await services.access.verify(found)
+                principal = found
+            except (UnauthenticatedError, StoreError) as failure:
+                refusal = failure
+        context = get_context()
+        if context is not None:
+            learn_caller(context, principal, _session_of(scope))
         caller = principal.identity or caller_of_address((scope.get("client") or (None,))[0])
         try:
-            await self._count(services.limiter, caller, scope)
-            self._check(principal, refusal)
-            await self._call(services.limiter, caller, scope, receive, send)
-        except self._refusals as refused:
-            self._note(services.audit, refused)
-            raise
-
-    async def _identify(
-        self, access: AccessService, scope: Scope
-    ) -> tuple[Principal, OnboardingError | None]:
-        """Say who asks, or why that is nobody; they are refused once they have been counted."""
-        if self._operation.access is Access.OPEN:
-            return NOBODY, None
-        try:
-            return await access.identify(scope["headers"]), None
-        except (UnauthenticatedError, StoreError) as refusal:
-            return NOBODY, refusal
-
-    async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
-        """Count the request. Raises `RateLimitedError`."""
-        standings: list[Standing | None] = []
-        try:
+            limiter = services.limiter
             if self._may_guess:
                 limiter.check_misses(caller)
+            standing = None if self._creates else limiter.admit_at_once(caller)
+            if standing is None:
+                await self._count(limiter, caller, scope)
+            else:
+                scope[HEADERS] = describe_standing(standing)
+            if refusal is not None:
+                raise refusal
+            check_access(self._operation.access, principal)
+            await self.app(scope, receive, send)
+        except self._refusals as refused:
+            if isinstance(refused, self._miss):
+                # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
+                await services.limiter.count_miss(caller)
+            self._note(services.audit, refused)
+            raise
+        except LimitReachedError as refusal_of_limit:
+            scope.setdefault(HEADERS, describe_standing(refusal_of_limit.standing))
+            raise
+        except self._miss:
+            await services.limiter.count_miss(caller)
+            raise
+
+    async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
+        """Count a request for which the store has to be asked. Raises `RateLimitedError`."""
+        standings: list[Standing | None] = []
+        try:
             standings.append(await limiter.admit(caller))
-            if self._operation.access is Access.CREATE:
+            if self._creates:
                 standings.append(await limiter.admit_creation(caller))
         except LimitReachedError as refusal:
             standings.append(refusal.standing)
@@ -93,28 +109,12 @@ class AccessMiddleware:
                     "ratelimit": describe_standings(known),
                 }
 
-    def _check(self, principal: Principal, refusal: OnboardingError | None) -> None:
-        """Raise `UnauthenticatedError` or `ForbiddenError` to whoever may not, or the refusal."""
-        if refusal is not None:
-            raise refusal
-        check_access(self._operation.access, principal)
-
     def _note(self, trail: AuditTrail, refused: OnboardingError) -> None:
         """Put on record that somebody was not let in."""
         context = get_context()
         if context is not None:
             who, session_id = str(context.principal), context.session_id
             trail.record(who, self._operation.name, session_id, refused.code, Lane.REFUSED)
-
-    async def _call(
-        self, limiter: Limiter, caller: str, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        try:
-            await self.app(scope, receive, send)
-        except self._miss:
-            # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
-            await limiter.count_miss(caller)
-            raise
 
 
 def _session_of(scope: Scope) -> str | None:

@@ -6,7 +6,6 @@ the session is, and the handler does the rest.
 
 import asyncio
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import cast
 from urllib.parse import unquote_to_bytes
 
@@ -106,22 +105,26 @@ class Endpoint:
 
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
+        # What few requests send, and is looked for only then.
+        self._conditions = frozenset(
+            {name.lower().encode() for name in operation.preconditions}
+            | ({b"idempotency-key"} if operation.idempotency_key else set())
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises what the checks and the handler raise."""
-        if self._operation.quiet:
+        operation = self._operation
+        if operation.quiet:
             scope[QUIET] = True
-        call = await _check(self._operation, scope, receive)
+        call = await self._check(scope, receive)
+        services = call.services
         # Counted from here on: whoever takes their time to send a body keeps nobody out.
-        match self._operation.at_once:
-            case "requests":
-                counted, whose = call.services.in_flight, ""
-            case "transfers":
-                counted = call.services.transfers
-                whose = call.session_id or call.principal.identity
-            case "own":
-                await self._answer(call, scope, receive, send)
-                return
+        counted, whose = services.in_flight, ""
+        if operation.at_once == "transfers":
+            counted, whose = services.transfers, call.session_id or call.principal.identity
+        elif operation.at_once == "own":
+            await self._answer(call, scope, receive, send)
+            return
         counted.enter(whose)
         try:
             await self._answer(call, scope, receive, send)
@@ -129,22 +132,21 @@ class Endpoint:
             counted.leave(whose)
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        if call.session_id:
-            await call.services.access.check_session(call.principal, call.session_id)
+        session_id, access = call.session_id, call.services.access
+        if session_id and not access.is_known_theirs(call.principal, session_id):
+            await access.check_session(call.principal, session_id)
         if self._operation.audited:
             await self._recorded(call, scope, receive, send)
         else:
-            await self._handle(call, scope, receive, send)
-
-    async def _handle(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._operation.handler(call)
-        await response(scope, receive, send)
+            response = await self._operation.handler(call)
+            await response(scope, receive, send)
 
     async def _recorded(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle what stays on record when it was done, or may have been."""
         outcome: str | None = INTERRUPTED
         try:
-            await self._handle(call, scope, receive, send)
+            response = await self._operation.handler(call)
+            await response(scope, receive, send)
             outcome = DONE
         except OnboardingError as failure:
             # Where the store did not answer, it may have been done all the same.
@@ -163,6 +165,75 @@ class Endpoint:
                     outcome,
                     Lane.OPERATED if operates else Lane.DONE,
                 )
+
+    async def _check(self, scope: Scope, receive: Receive) -> Call:
+        operation = self._operation
+        state = cast("AppState", scope["state"])
+        services, settings = state["services"], state["settings"]
+        parameters: dict[str, str] = scope["path_params"]
+        context = get_context()
+        principal = NOBODY if context is None else context.principal
+        session_id, step_id = parameters.get("id", ""), 0
+        if session_id and (context is None or context.session_id != session_id):
+            # Whoever asked for access has looked at it: it can be the id of no session.
+            raise SessionNotFoundError
+        if "n" in parameters:
+            step_id = parse_step_id(parameters["n"])
+            services.manager.check_known_step(step_id)
+        for name in _CHECKS.keys() & parameters.keys():
+            _CHECKS[name](parameters[name])
+        if "user_id" in parameters:
+            user_id = _read_segment(operation.path, scope, "user_id")
+            parameters = {**parameters, "user_id": user_id}
+
+        headers = scope["headers"]
+        if_match = if_none_match = key = None
+        if not self._conditions.isdisjoint([name for name, _ in headers]):
+            sent = Headers(scope=scope)
+            if "If-Match" in operation.preconditions:
+                if_match = parse_entity_tags("If-Match", sent.getlist("if-match"))
+            if "If-None-Match" in operation.preconditions:
+                if_none_match = parse_entity_tags("If-None-Match", sent.getlist("if-none-match"))
+            if operation.idempotency_key:
+                key = parse_idempotency_key(sent.getlist("idempotency-key"))
+
+        raw = b""
+        body = content = None
+        if isinstance(operation.body, Stream):
+            content = _open(operation.body, settings, scope, receive)
+        elif operation.body is not None:
+            raw = await _read(operation.body, settings, scope, receive)
+            if raw or operation.body.required:
+                steps = operation.body.limit == "step"
+                error = InvalidStepDataError if steps else InvalidRequestError
+                if len(raw) < PARSED_AT_ONCE:
+                    body = Document.parse(raw, error)
+                else:
+                    # A long look at 256 KB takes 0.2 s, which nobody else should wait for.
+                    body = await asyncio.to_thread(Document.parse, raw, error)
+        idempotent = None
+        if key is not None:
+            idempotent = IdempotentRequest.of(
+                caller=principal.identity,
+                method=scope["method"],
+                path=scope["path"],
+                key=key,
+                query=scope["query_string"],
+                body=raw,
+            )
+        return Call(
+            scope,
+            services,
+            principal,
+            session_id,
+            step_id,
+            if_match,
+            if_none_match,
+            idempotent,
+            body,
+            content,
+            parameters,
+        )
 
 
 def _check_task(task_id: str) -> None:
@@ -196,73 +267,6 @@ def _read_segment(template: str, scope: Scope, name: str) -> str:
         raise InvalidRequestError(f"Not acceptable: {name}", [fault]) from None
 
 
-async def _check(operation: Operation, scope: Scope, receive: Receive) -> Call:
-    state = cast("AppState", scope["state"])
-    services, settings = state["services"], state["settings"]
-    parameters: dict[str, str] = {**scope["path_params"]}
-    context = get_context()
-    principal = NOBODY if context is None else context.principal
-    session_id, step_id = parameters.get("id", ""), 0
-    if session_id and (context is None or context.session_id != session_id):
-        # Whoever asked for access has looked at it: it can be the id of no session.
-        raise SessionNotFoundError
-    if "n" in parameters:
-        step_id = parse_step_id(parameters["n"])
-        services.manager.check_known_step(step_id)
-
-    for name, value in parameters.items():
-        if name in _CHECKS:
-            _CHECKS[name](value)
-    if "user_id" in parameters:
-        parameters["user_id"] = _read_segment(operation.path, scope, "user_id")
-
-    headers = Headers(scope=scope)
-    if_match = if_none_match = None
-    if "If-Match" in operation.preconditions:
-        if_match = parse_entity_tags("If-Match", headers.getlist("if-match"))
-    if "If-None-Match" in operation.preconditions:
-        if_none_match = parse_entity_tags("If-None-Match", headers.getlist("if-none-match"))
-    key = None
-    if operation.idempotency_key:
-        key = parse_idempotency_key(headers.getlist("idempotency-key"))
-
-    raw = b""
-    body = content = None
-    if isinstance(operation.body, Stream):
-        content = _open(operation.body, settings, scope, receive)
-    elif operation.body is not None:
-        raw = await _read(operation.body, settings, headers, receive)
-        if raw or operation.body.required:
-            steps = operation.body.limit == "step"
-            error = InvalidStepDataError if steps else InvalidRequestError
-            # A long look at 256 KB takes 0.2 s, which nobody else should wait for.
-            parse = partial(Document.parse, raw, error)
-            body = parse() if len(raw) < PARSED_AT_ONCE else await asyncio.to_thread(parse)
-    idempotent = None
-    if key is not None:
-        idempotent = IdempotentRequest.of(
-            caller=principal.identity,
-            method=scope["method"],
-            path=scope["path"],
-            key=key,
-            query=scope["query_string"],
-            body=raw,
-        )
-    return Call(
-        scope,
-        services,
-        principal,
-        session_id,
-        step_id,
-        if_match,
-        if_none_match,
-        idempotent,
-        body,
-        content,
-        parameters,
-    )
-
-
 def _open(body: Stream, settings: Settings, scope: Scope, receive: Receive) -> Content:
     """Let a body come in, unless it says that it is larger than it may be."""
     headers = Headers(scope=scope)
@@ -275,20 +279,31 @@ def _open(body: Stream, settings: Settings, scope: Scope, receive: Receive) -> C
     return Content(scope, receive, limit)
 
 
-async def _read(body: Body, settings: Settings, headers: Headers, receive: Receive) -> bytes:
+async def _read(body: Body, settings: Settings, scope: Scope, receive: Receive) -> bytes:
     """Read a body no larger than it may be; one that says it is larger is not read at all."""
     limit = settings.max_step_bytes if body.limit == "step" else OTHER_BODY_BYTES
-    length = headers.get("content-length")
-    chunked = "transfer-encoding" in headers
-    if body.required or chunked or (length or "0").strip("0"):
+    fields = dict(scope["headers"])
+    length = fields.get(b"content-length", b"")
+    is_usual = (
+        fields.get(b"content-type") == b"application/json"
+        and not (b"transfer-encoding" in fields or b"content-encoding" in fields)
+        and len(fields) == len(scope["headers"])
+    )
+    if not is_usual and (body.required or b"transfer-encoding" in fields or length.strip(b"0")):
+        headers = Headers(scope=scope)
         codings = [*headers.getlist("content-encoding"), *headers.getlist("transfer-encoding")]
         check_media_type(headers.get("content-type"), codings, patch=body.patch)
-    if length is not None and length.isdecimal() and int(length) > limit:
+    if length.isdigit() and int(length) > limit:
         raise too_large(limit)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        whole: bytes = message.get("body", b"")
+        if len(whole) > limit:
+            raise too_large(limit)
+        return whole
     chunks: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         chunk = message.get("body", b"")
@@ -298,3 +313,4 @@ async def _read(body: Body, settings: Settings, headers: Headers, receive: Recei
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
+        message = await receive()

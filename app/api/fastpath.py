@@ -104,7 +104,9 @@ class FastPath:
         if len(parts) < 6:
             return None
         found = self._endpoints.get((scope["method"], len(parts), parts[5]))
-        if found is None or not scope["path"].startswith(BASE) or not is_public_id(parts[4]):
+        if found is None or not parts[-1] or not scope["path"].startswith(BASE):
+            return None
+        if not is_public_id(parts[4]):
             return None
         scope[ROUTE], endpoint = found
         scope["path_params"] = (

@@ -173,3 +173,12 @@ def describe_policies(standings: Iterable[Standing]) -> str:
 def describe_standings(standings: Iterable[Standing]) -> str:
     """Write the field RateLimit: `"requests";r=597;t=1`."""
     return ", ".join(f'"{policy}";r={left};t={t}' for policy, _, left, t in standings)
+
+
+def describe_standing(standing: Standing) -> dict[str, str]:
+    """Give both fields where there is one policy, as for nearly every request."""
+    policy, limit, left, reset_s = standing
+    return {
+        "ratelimit-policy": f'"{policy}";q={limit.quota};w={limit.window_s}',
+        "ratelimit": f'"{policy}";r={left};t={reset_s}',
+    }

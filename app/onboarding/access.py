@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
+from functools import cached_property
 from typing import NamedTuple
 
 from app.errors import ForbiddenError, UnauthenticatedError
@@ -39,7 +40,7 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Principal:
     """Who asks.
 
@@ -56,12 +57,12 @@ class Principal:
         """Name them where it is kept who did something: `machine:bcm`."""
         return f"{self.kind}:{self.name}" if self.name else self.kind.value
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Name them where no person is named, such as in the log."""
         return str(self) if self.kind is Kind.MACHINE else self.kind.value
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Tell them from everybody else; empty for who is not told from others."""
         if not self.name:

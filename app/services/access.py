@@ -6,7 +6,7 @@ what was verified by its SHA-256, an owner by the session.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import structlog
 
@@ -47,6 +47,14 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
+class Shown(NamedTuple):
+    """A credential that is still to be verified: the header it came in, and what is kept of it."""
+
+    name: bytes
+    value: bytes
+    digest: bytes
+
+
 class AccessService:
     """Knows who asks, and whose a session is."""
 
@@ -78,10 +86,11 @@ class AccessService:
         if self._keyring is not None:
             await self._keyring.aclose()
 
-    async def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
-        """Say who sent a request with these headers; `NOBODY` when nothing is shown.
+    def recognise(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal | Shown:
+        """Say who sent a request with these headers, or what is to be verified first.
 
-        Raises `UnauthenticatedError` when what is shown is not good, or is more than one thing.
+        It is `NOBODY` when nothing is shown. Raises `UnauthenticatedError` when it is more than one
+        thing.
         """
         if not self._enabled:
             return ANYONE
@@ -96,22 +105,36 @@ class AccessService:
             self._verified.clear()
         name, value = shown[0]
         digest = hashlib.sha256(name + value).digest()
-        principal = self._verified.get(digest)
-        if principal is None:
-            verify = self._verify_key if name == b"x-api-key" else self._verify_bearer
-            principal, until_ms = await verify(value)
-            self._verified.put(digest, principal, until_ms)
+        return self._verified.get(digest) or Shown(name, value, digest)
+
+    async def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
+        """Say who sent a request with these headers, as `recognise` does.
+
+        Raises `UnauthenticatedError`, also when what is shown is not good.
+        """
+        found = self.recognise(headers)
+        return found if isinstance(found, Principal) else await self.verify(found)
+
+    async def verify(self, shown: Shown) -> Principal:
+        """Say who showed this, and remember it. Raises `UnauthenticatedError`."""
+        verify = self._verify_key if shown.name == b"x-api-key" else self._verify_bearer
+        principal, until_ms = await verify(shown.value)
+        self._verified.put(shown.digest, principal, until_ms)
         return principal
+
+    def is_known_theirs(self, principal: Principal, session_id: str) -> bool:
+        """Say whether it is known without a look at the store that a session is somebody's."""
+        if principal.kind is not Kind.USER:
+            return is_theirs(principal, session_id, None)
+        owner = self._owners.get(session_id)
+        return owner is not None and is_theirs(principal, session_id, owner)
 
     async def check_session(self, principal: Principal, session_id: str) -> None:
         """Raise `SessionNotFoundError` unless somebody may know that a session exists."""
+        if self.is_known_theirs(principal, session_id):
+            return
         if principal.kind is not Kind.USER:
-            if not is_theirs(principal, session_id, None):
-                raise NotTheirsError
-            return
-        owner = self._owners.get(session_id)
-        if owner is not None and is_theirs(principal, session_id, owner):
-            return
+            raise NotTheirsError
         # What is foreign costs a look at the store each time, as what is unknown does.
         owner = await self._find_owner(session_id)
         if not is_theirs(principal, session_id, owner):

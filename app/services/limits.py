@@ -78,15 +78,21 @@ class _Allowance:
         self._purses: OrderedDict[str, _Purse] = OrderedDict()
         self._refusals = REFUSALS.labels(policy.value)
 
+    def spend_held(self, caller: str) -> Standing | None:
+        """Spend a token that this process holds; None when it holds none."""
+        purse = self._purse_of(caller)
+        now_s = monotonic_s()
+        return self._use(purse, now_s) if purse.held and now_s < purse.good_until_s else None
+
     async def spend(self, caller: str) -> Standing | None:
         """Spend one token; None when it is not known whether there is one.
 
         Raises `RateLimitedError` when there is none.
         """
+        standing = self.spend_held(caller)
+        if standing is not None:
+            return standing
         purse = self._purse_of(caller)
-        now_s = monotonic_s()
-        if purse.held and now_s < purse.good_until_s:
-            return self._use(purse, now_s)
         async with purse.taking:
             # Whoever was here before may have taken enough for all who waited.
             now_s = monotonic_s()
@@ -167,6 +173,10 @@ class Limiter:
         self._requests = self._allow(Policy.REQUESTS, requests, ahead)
         self._creations = self._allow(Policy.CREATIONS, creations)
         self._misses = self._allow(Policy.MISSES, misses)
+
+    def admit_at_once(self, caller: str) -> Standing | None:
+        """Count a request with what this process holds; None when `admit` has to be asked."""
+        return None if self._requests is None else self._requests.spend_held(caller)
 
     async def admit(self, caller: str) -> Standing | None:
         """Count a request, and say how its caller stands; None when that is not known.

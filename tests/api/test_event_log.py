@@ -45,7 +45,7 @@ from tests.api.helpers import (
     types_of,
 )
 from tests.api.test_bad_input import untouched
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import Loss, Proxy
 from tests.faults.servers import Valkey
 from tests.service import BASE
 from tests.services.test_generation import make_service
@@ -263,7 +263,7 @@ async def test_of_500_reports_whose_replies_are_lost_now_and_then_500_are_in_the
         async def send() -> None:
             for number in turns:
                 if number % 10 in (1, 4, 7):
-                    proxy.drop_replies(1, to="EVALSHA")
+                    proxy.lose_replies(Loss.RESET, 1, to="EVALSHA")
                 call = sending(stage=str(number), event_id=f"e{number}" if number % 2 else None)
                 answer_of(await call.send(api, session_id), 201)
 
