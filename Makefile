@@ -12,10 +12,12 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --requir
 
 RUN_LOCK := deploy/requirements.lock
 DEV_LOCK := deploy/requirements-dev.lock
+BENCH_LOCK := deploy/requirements-bench.lock
 
 # A stamp stands for "this lock is installed"; a changed lock makes it stale.
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+BENCH_STAMP := $(VENV)/.installed-bench
 
 .PHONY: help
 help: ## Show every target with one line
@@ -34,6 +36,11 @@ test: $(DEV_STAMP) ## Run the whole test suite, real Valkey included (pass more 
 .PHONY: chaos
 chaos: $(DEV_STAMP) ## Break stores, networks and the service; print what it cost; takes over an hour (RUNS=, ARGS=)
 	$(BIN)/python -m pytest tests/faults -n 0 --timeout 3600 -m "" --chaos $(if $(RUNS),--runs $(RUNS)) $(ARGS)
+
+# Nothing else should run beside it. Node, where it is there, brings Fastify as a contestant.
+.PHONY: bench
+bench: $(BENCH_STAMP) ## Measure against what people use instead, hold it to the budget; takes ten minutes (ROUNDS=, ARGS=)
+	$(BIN)/python -m tests.bench $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 .PHONY: lint
 lint: $(DEV_STAMP) ## Check style (ruff) and types (mypy --strict)
@@ -56,15 +63,17 @@ install: $(RUN_STAMP) ## Make .venv and install what the service needs
 install-dev: $(DEV_STAMP) ## The same, with what the tests and the linters need
 
 .PHONY: lock
-lock: $(DEV_STAMP) ## Compile both locks anew from pyproject.toml
+lock: $(DEV_STAMP) ## Compile all locks anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --upgrade \
 		--python-version 3.11 pyproject.toml -o $(RUN_LOCK)
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --upgrade \
 		--python-version 3.11 --extra dev --constraint $(RUN_LOCK) pyproject.toml -o $(DEV_LOCK)
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --upgrade \
+		--python-version 3.11 --extra bench --constraint $(DEV_LOCK) pyproject.toml -o $(BENCH_LOCK)
 
 .PHONY: clean
 clean: ## Remove the environment and the caches; the data in .data stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -78,4 +87,8 @@ $(RUN_STAMP): $(RUN_LOCK) | $(BIN)/python
 
 $(DEV_STAMP): $(DEV_LOCK) $(RUN_STAMP)
 	$(PIP) -r $(DEV_LOCK)
+	@touch $@
+
+$(BENCH_STAMP): $(BENCH_LOCK) $(DEV_STAMP)
+	$(PIP) -r $(BENCH_LOCK)
 	@touch $@

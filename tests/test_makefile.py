@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
-LOCKS = {name: ROOT / "deploy" / name for name in ("requirements.lock", "requirements-dev.lock")}
+LOCKS = {
+    name: ROOT / "deploy" / name
+    for name in ("requirements.lock", "requirements-dev.lock", "requirements-bench.lock")
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 TARGETS = re.findall(r"^([a-z][a-z-]*):(?!=)", MAKEFILE, re.MULTILINE)
@@ -71,7 +74,7 @@ def test_help_is_the_default_goal() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["run", "test", "install", "install-dev", "check", "chaos", "help"]
+    "target", ["run", "test", "install", "install-dev", "check", "chaos", "bench", "help"]
 )
 def test_a_target_that_people_rely_on_is_there(target: str) -> None:
     assert target in TARGETS
@@ -114,18 +117,18 @@ def test_every_requirement_of_a_lock_has_a_hash(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_what_the_service_needs_is_in_both_locks(name: str) -> None:
+def test_what_the_service_needs_is_in_every_lock(name: str) -> None:
     assert required(PROJECT["dependencies"]) - set(pins(name)) == set()
 
 
-def test_what_the_tests_need_is_in_the_second_lock() -> None:
-    assert (
-        required(PROJECT["optional-dependencies"]["dev"]) - set(pins("requirements-dev.lock"))
-        == set()
-    )
+@pytest.mark.parametrize("extra", ["dev", "bench"])
+def test_what_an_extra_needs_is_in_its_lock(extra: str) -> None:
+    wanted = required(PROJECT["optional-dependencies"][extra])
+    assert wanted - set(pins(f"requirements-{extra}.lock")) == set()
 
 
-def test_both_locks_pin_the_same_versions() -> None:
-    dev = pins("requirements-dev.lock")
+@pytest.mark.parametrize("name", ["requirements-dev.lock", "requirements-bench.lock"])
+def test_locks_pin_the_same_versions(name: str) -> None:
+    other = pins(name)
     for distribution, versions in pins("requirements.lock").items():
-        assert dev.get(distribution) == versions, distribution
+        assert other.get(distribution) == versions, distribution
