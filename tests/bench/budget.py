@@ -1,6 +1,6 @@
 """What must hold, and whether it does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,10 +100,16 @@ def judge(findings: Findings) -> list[Row]:
     ]
 
 
+def status_of(findings: Findings, rows: Iterable[Row], *, judges: bool) -> int:
+    """Give the exit status: 1 when an answer was wrong, or a row misses and that is judged."""
+    misses = judges and any(row.holds is False for row in rows)
+    return int(bool(findings.wrong) or misses)
+
+
 def _ratios(results: Results, other: str, bounds: Bounds, name: str) -> Iterator[Row]:
     for operation, (theirs, bound) in bounds.items():
         ratio = results.ratio(Cell(OURS, operation), Cell(other, theirs))
-        yield _at_least(f"{operation}: requests/s, of {name}", bound, ratio)
+        yield _at_least(f"{operation}: requests/s, times those of {name}", bound, ratio)
 
 
 def _commands(findings: Findings) -> Iterator[Row]:
@@ -128,7 +134,7 @@ def _store(findings: Findings) -> Iterator[Row]:
 def _tails(results: Results) -> Iterator[Row]:
     for operation in AGAINST_BARE:
         tail = results.middle(Cell(OURS, operation), tail_of)
-        yield _at_most(f"{operation}: p99 of p50", TAIL, tail, "{:.2f}".format)
+        yield _at_most(f"{operation}: p99, times p50", TAIL, tail, "{:.2f}".format)
 
 
 def tail_of(sample: Sample) -> float:
@@ -141,7 +147,10 @@ def _workers(results: Results) -> Iterator[Row]:
         ratio = results.ratio(Cell(TWO, operation), Cell(OURS, operation), _server_us)
         value = None if ratio is None else ratio.middle
         yield _at_most(
-            f"{operation}: CPU a request with two workers, of one", SECOND_WORKER, value, _two
+            f"{operation}: CPU a request with two workers, times that with one",
+            SECOND_WORKER,
+            value,
+            _two,
         )
 
 

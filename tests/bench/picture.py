@@ -24,16 +24,20 @@ RIGHT = 84
 
 BAR, GAP, TITLE = 18, 8, 34
 
+MARGIN = 16
+
 STYLE = """
+.page { fill: #ffffff; }
 text { font: 13px system-ui, sans-serif; fill: #1f2328; }
 .title { font-weight: 600; }
 .bar { fill: #2f6fb3; }
-.bound { stroke: #b35900; stroke-width: 2; }
+.bound { stroke: #1f2328; stroke-width: 2; }
 .note { fill: #656d76; font-size: 12px; }
 @media (prefers-color-scheme: dark) {
+  .page { fill: #0d1117; }
   text { fill: #e6edf3; }
-  .bar { fill: #6cb0f5; }
-  .bound { stroke: #f0a04b; }
+  .bar { fill: #4184cf; }
+  .bound { stroke: #e6edf3; }
   .note { fill: #8d96a0; }
 }
 """
@@ -69,7 +73,7 @@ def groups_of(results: Results) -> list[Group]:
             if ratio is not None:
                 bars.append(Bar(operation, ratio.middle, bound))
         if bars:
-            groups.append(Group(f"Requests/s, of {title}", bars))
+            groups.append(Group(f"Requests/s, times those of {title}", bars))
     return groups
 
 
@@ -80,11 +84,14 @@ def draw(groups: Sequence[Group], caption: str) -> str:
         f"{group.title}: " + ", ".join(f"{bar.name} {_figure(bar.ratio)}" for bar in group.bars)
         for group in groups
     )
-    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+    size = f'width="{WIDTH + 2 * MARGIN}" height="{height + 2 * MARGIN}"'
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         f"<title>{escape(told)}</title>",
         f"<style>{STYLE}</style>",
+        # Of its own, so that it is readable on a page that is dark where the system is not.
+        f'<rect class="page" {size} rx="6"/>',
+        f'<g transform="translate({MARGIN} {MARGIN})">',
     ]
     top = 0
     for group in groups:
@@ -92,7 +99,7 @@ def draw(groups: Sequence[Group], caption: str) -> str:
         top += TITLE + len(group.bars) * (BAR + GAP) + GAP
     note = f"The line across a bar is its budget. {caption}"
     lines.append(f'<text class="note" x="0" y="{top + 18}">{escape(note)}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+    return "\n".join([*lines, "</g>", "</svg>", ""])
 
 
 def _draw_group(group: Group, top: int) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from tests.bench import machine, wizard
 from tests.bench.budget import OURS, Findings, Growth
 from tests.bench.contestants import KEY, Contestant, bare, described, fastify, ours, running_store
-from tests.bench.load import Limits, Request, Wanted, measure_sets
+from tests.bench.load import Limits, Request, Wanted, fetch, measure_sets
 from tests.bench.node_modules import NoNodeError
 from tests.bench.population import (
     CREATE,
@@ -46,6 +46,9 @@ NEW_SESSIONS = 700
 
 MOST_CREATED = 10_000
 """Most sessions that one measurement of creation makes."""
+
+OTHER_ROUNDS = 3
+"""Most rounds over other numbers of connections, of which the budget does not speak."""
 
 PIPELINED = 64
 """How many commands the floor sends at once."""
@@ -117,6 +120,7 @@ class Plan:
                     turns += _turns(untuned)[:2]
                     for other in self._others(stack):
                         turns += _turns(other)
+                measuring.warm_up(turns)
                 measuring.take_in_turns(turns, rounds)
             if "connections" in parts:
                 asked_of = ((yardstick, "post"), (us, "save"), (yardstick, "get"), (us, "get"))
@@ -125,7 +129,7 @@ class Plan:
                     for who, operation in asked_of
                     for count in (1, 16, 256)
                 ]
-                measuring.take_in_turns(some, max(1, rounds // 2))
+                measuring.take_in_turns(some, min(rounds, OTHER_ROUNDS))
             if "writes" in parts:
                 self._measure_writes(measuring, us)
         self._keep_wrong(measuring)
@@ -177,10 +181,12 @@ class Plan:
         status, shortest, longest = us.learned["save"][0].wanted
         wanted = Wanted(status, shortest - 80, longest)
         # Some sessions at a time, a step further each.
-        for at in range(0, len(sessions), 100):
-            for step in wizard.BODIES:
-                for session in sessions[at : at + 100]:
-                    yield Request(wizard.save(session, step), wanted)
+        return (
+            Request(wizard.save(session, step), wanted)
+            for at in range(0, len(sessions), 100)
+            for step in wizard.BODIES
+            for session in sessions[at : at + 100]
+        )
 
     # Services of their own
 
@@ -197,6 +203,7 @@ class Plan:
                 us.offer(*wizard.of_a_wizard(sessions)[:2])
                 self._do(us.learn())
                 turns += _turns(us)
+            measuring.warm_up(turns)
             measuring.take_in_turns(turns, self._options.rounds)
         self._keep_wrong(measuring)
 
@@ -218,6 +225,8 @@ class Plan:
                 save = wizard.of_a_wizard(sessions)[0]
                 us.offer(save)
                 self._do(us.learn())
+                # Once before: who was never seen is looked up.
+                self._do(fetch(us.address, us.learned["save"]))
                 each_us, per_s = [], []
                 for _ in range(self._options.rounds):
                     cell = Cell(OURS, "save")

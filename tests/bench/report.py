@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from tests.bench.budget import BEST, FASTAPI, FASTIFY, OURS, Findings, Row, tail_of
-from tests.bench.rounds import AT_64, Cell, Results
+from tests.bench.rounds import AT_64, Asked, Cell, Results
 
 VERDICTS = {True: "holds", False: "misses", None: ""}
 
 
-def render(findings: Findings, rows: Sequence[Row], date: str, about: Mapping[str, str]) -> str:
-    """Write everything; `about` is what was measured on and with."""
+def render(
+    findings: Findings, rows: Sequence[Row], occasion: str, versions: Mapping[str, str]
+) -> str:
+    """Write everything; `occasion` is when and on what it was measured."""
     parts = [
-        f"Measured on {date}. " + ", ".join(f"{name} {value}" for name, value in about.items()),
-        *(f"- {note}" for note in findings.notes),
+        f"Measured on {occasion}.",
+        ", ".join(f"{name} {value}" for name, value in versions.items()),
+        "\n".join(f"- {note}" for note in findings.notes),
         *_wrong(findings.wrong),
         _table(
             "Budget",
@@ -22,6 +25,7 @@ def render(findings: Findings, rows: Sequence[Row], date: str, about: Mapping[st
         _operations(findings.main),
         _others(findings.main),
         _connections(findings.main),
+        _asked(findings.asked),
         _workers(findings.workers),
         _growth(findings),
         _streams(findings),
@@ -56,10 +60,10 @@ def _operations(results: Results) -> str:
         if cell.connections == AT_64
     ]
     head = (
-        *("who", "operation", "requests/s", "p50 ms", "p99 ms", "p99 of p50", "server us"),
+        *("who", "operation", "requests/s", "p50 ms", "p99 ms", "p99/p50", "server us"),
         *("requests per CPU-second", "server busy", "store us"),
     )
-    return _table("64 connections, one process", head, lines)
+    return _table("64 connections, one process", head, lines) if lines else ""
 
 
 def _others(results: Results) -> str:
@@ -70,7 +74,9 @@ def _others(results: Results) -> str:
         ratios = [results.ratio(Cell(OURS, operation), Cell(name, operation)) for name in names]
         lines.append((operation, *(_ratio(each and each.middle) for each in ratios)))
     return (
-        _table("Requests/s of ours, of the others'", ("operation", *names), lines) if names else ""
+        _table("Requests/s of ours, times those of others", ("operation", *names), lines)
+        if names
+        else ""
     )
 
 
@@ -90,6 +96,15 @@ def _connections(results: Results) -> str:
     head += [f"{count}: requests/s" for count in counts]
     head += [f"{count}: p99 ms" for count in counts]
     return _table("By connections", head, lines)
+
+
+def _asked(asked: Mapping[str, Asked]) -> str:
+    lines = [
+        (operation, f"{each.commands:.2f}", f"{each.round_trips:.2f}")
+        for operation, each in asked.items()
+    ]
+    title = "What a request of ours asks of the store, the background's few commands included"
+    return _table(title, ("operation", "commands", "round trips"), lines) if lines else ""
 
 
 def _workers(results: Results) -> str:
