@@ -54,6 +54,13 @@ SOCKET_PATH_LIMIT_BYTES = 103
 SOCKET_DIRECTORY_PREFIX = "onboarding-store-"
 """How the directories begin that are made under the system's temp directory for a socket."""
 
+MEMORY_TUNING = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=1000"}
+"""How many free pieces of memory of a size the store keeps at hand: up to 33 MB in all.
+
+The server of the wheel has its memory from the C library, and a script asks for hundreds of small
+pieces: with the default of 7, saving a step takes 8 % more instructions. Means nothing on macOS.
+"""
+
 
 class EmbeddedStoreError(Exception):
     """Tell in one line why there is no embedded store."""
@@ -370,6 +377,8 @@ def _spawn(
             # Ctrl-C in a terminal reaches its process group: we end the store after our requests.
             start_new_session=True,
             umask=0o077,
+            # What somebody has chosen for themselves stays.
+            env={**MEMORY_TUNING, **os.environ},
         )
 
 

@@ -358,6 +358,17 @@ class TestDamagedProgress:
             await assert_reported(SESSION_WRITES[write](manager, damage.session_id), damage.key)
             await assert_reported(manager.get_progress(damage.session_id), damage.key)
 
+    async def test_in_the_version_of_a_step_that_was_deleted_is_an_error_of_saving_it_again(
+        self, manager: Manager, gateway: Gateway
+    ) -> None:
+        session_id = await prepare(manager)
+        await manager.delete_step(session_id, 2)
+        key = gateway.keys.session(session_id).progress
+        await gateway.command("HSET", key, "v2", "half")
+        await assert_reported(manager.save_step(session_id, 2, {"a": 1}), key)
+        assert await manager.get_step(session_id, 2) is None
+        assert (await manager.save_step(session_id, 1, {"a": 1}))["version"] == 2
+
 
 class TestDamagedMetadata:
     @pytest.fixture

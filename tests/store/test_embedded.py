@@ -225,6 +225,20 @@ def test_the_store_keeps_every_write_and_listens_to_its_owner_only(
     assert str(store.pid) in (data_dir / "store.log").read_text()
 
 
+@linux_only
+@pytest.mark.parametrize("chosen", [None, "glibc.malloc.tcache_count=5"])
+def test_the_store_keeps_memory_at_hand_unless_somebody_has_chosen_otherwise(
+    data_dir: Path, start: StartStore, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", chosen)
+    store = start(data_dir)
+    environment = Path(f"/proc/{store.pid}/environ").read_bytes().split(b"\0")
+    expected = chosen or "glibc.malloc.tcache_count=1000"
+    assert f"GLIBC_TUNABLES={expected}".encode() in environment
+
+
 # Who holds the directory
 
 

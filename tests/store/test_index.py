@@ -642,6 +642,26 @@ async def test_a_session_that_is_made_again_after_its_lifetime_is_another_one(
     assert await ends_in_feed(gateway) == [("a", "expired"), ("b", "expired")]
 
 
+async def test_the_feed_keeps_the_last_10000_events_about(real: MakePlace) -> None:
+    manager, gateway = real()
+    session_id = await prepare(manager)
+    fill = """for i = 1, 12000 do
+  redis.call('XADD', KEYS[1], '*', 'type', 'x', 'session_id', 'a', 'at', '1')
+end
+return {'ok'}"""
+    feed = gateway.keys.index("feed")
+    await gateway.command("EVAL", fill, 1, feed)
+    # Not every write cuts it; that none of these does is less likely than 1 in 10 to the 9th.
+    async with asyncio.timeout(10):
+        for number in range(330):
+            await manager.save_step(session_id, 1, {"a": number})
+            if await gateway.command("XLEN", feed) < 12_000:
+                break
+    assert 10_000 <= await gateway.command("XLEN", feed) <= 10_100
+    [(_, newest)] = await gateway.command("XREVRANGE", feed, "+", "-", "COUNT", 1)
+    assert dict(pairs(newest))["session_id"] == session_id
+
+
 async def ends_in_feed(gateway: Gateway) -> list[tuple[str, str]]:
     """List the ends of sessions that the feed tells of."""
     found = []

@@ -8,6 +8,7 @@
 --
 -- Safe to send twice: a repeat finds less.
 
+local read_entry = index_verbs()
 for i = 2, #ARGV do
   local entry = read_entry(string.match(ARGV[i], '^%d+:(.*)$'))
   if not (entry and entry.user == ARGV[1]) then

@@ -11,7 +11,7 @@
 -- Safe to send twice: it only defines.
 
 local function tokens_of(prefix)
-  return 'onboarding:token:' .. string.match(prefix, '^onboarding:(.*):$')
+  return 'onboarding:token:' .. string.sub(prefix, #'onboarding:' + 1, -2)
 end
 
 local function parts_of(key)

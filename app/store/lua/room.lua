@@ -9,13 +9,15 @@
 --
 -- Safe to send twice: it only defines, and what it gives may be done again.
 
+local read_entry, leave, place = index_verbs()
+
 local CLASSES = {'pending:free', 'pending:held', 'processing:free', 'processing:held',
   'complete:free', 'complete:held', 'error:free', 'error:held'}
 local TALLIES = {lifetime = 'expired', rule = 'removed', cleanup = 'removed', capacity = 'evicted'}
 
 -- Tell the feed of the end of a session, and count it.
 local function report_end(id, kind, reason, at_ms)
-  feed(kind, id, 'at', at_ms, 'reason', reason)
+  feed(true, kind, id, 'at', at_ms, 'reason', reason)
   if TALLIES[reason] then
     redis.pcall('HINCRBY', INDEX .. 'cleanup', TALLIES[reason], 1)
   end

@@ -17,7 +17,7 @@
 local now_ms = store_time_ms()
 do
   local sent_ms, wait_ms = string.match(ARGV[1], '^(%d+) (%d+)$')
-  if math.abs(now_ms - tonumber(sent_ms)) > tonumber(wait_ms) then
+  if math.abs(now_ms - sent_ms) > tonumber(wait_ms) then
     return {'late', whole(now_ms)}
   end
 end

@@ -23,7 +23,7 @@
 -- derived from the name of `progress`: they share the session's id and, under a hash tag, its slot.
 
 local METADATA, PROGRESS, EVENTS, OPS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local SESSION = string.match(PROGRESS, '^onboarding:(.*):progress$')
+local SESSION = string.sub(PROGRESS, #'onboarding:' + 1, -#':progress' - 1)
 local TOKENS = tokens_of('onboarding:' .. SESSION .. ':')
 local operation, lifetime_ms, at_ms, fingerprint = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 
@@ -41,8 +41,9 @@ local DEADLINE_STEPS = 168
 --   key:<key>           a record of an Idempotency-Key, and its end in Unix ms
 --   part:<key>          a part of a body, and until when that may be on its way in Unix ms, or 'kept'
 local turn = math.floor(now_ms / MEMORY_MS)
+local this_turn = whole(turn)
 local memory = redis.call('HMGET', OPS,
-  whole(turn) .. ':' .. operation, whole(turn - 1) .. ':' .. operation, 'turn')
+  this_turn .. ':' .. operation, whole(turn - 1) .. ':' .. operation, 'turn')
 if memory[1] or memory[2] then
   return cjson.decode(memory[1] or memory[2])
 end
@@ -61,27 +62,25 @@ if idempotency then
   end
 end
 
-local FIELDS = {'status', 'saved', 'highest', 'created_at', 'updated_at', 'deadline', 'finalized_at',
-  'revision', 'changes', 'catalogue', 'held', 'ever', 'ended_at'}
-local found = redis.call('HMGET', PROGRESS, unpack(FIELDS))
-local state = {}
-for i, field in ipairs(FIELDS) do
-  state[field] = found[i]
-end
--- `held` is '0' when every answer is in an export, `ever` marks the steps that were ever saved,
--- `ended_at` is when the generation ended, '' before that.
-state.ended_at = state.ended_at or ''
+local found = redis.call('HMGET', PROGRESS, 'status', 'saved', 'highest', 'created_at', 'updated_at',
+  'deadline', 'finalized_at', 'revision', 'changes', 'catalogue', 'held', 'ever')
+-- `held` is '0' when every answer is in an export, `ever` marks the steps that were ever saved. A
+-- script that lets a generation end or begin sets `ended_at`, when it ended, '' before that.
+local state = {status = found[1], saved = found[2], highest = found[3], created_at = found[4],
+  updated_at = found[5], deadline = found[6], finalized_at = found[7], revision = found[8],
+  changes = found[9], catalogue = found[10], held = found[11], ever = found[12]}
 
 -- A session that is there without all of its state is damage, which must not pass for absence.
-local WHOLE = '^%d+$'
-local SHAPES = {saved = '^[01]+$', highest = WHOLE, created_at = WHOLE, updated_at = WHOLE,
-  deadline = WHOLE, finalized_at = '^%d*$', revision = WHOLE, changes = WHOLE, catalogue = '.'}
-if state.status then
-  local is_sound = string.find('|pending|processing|complete|error|', '|' .. state.status .. '|', 1, true)
-  for field, shape in pairs(SHAPES) do
-    is_sound = is_sound and state[field] and string.find(state[field], shape)
+local status = state.status
+if status then
+  local is_sound = status == 'pending' or status == 'processing' or status == 'complete'
+    or status == 'error'
+  for i = 2, 10 do
+    is_sound = is_sound and found[i]
   end
-  if not is_sound then
+  -- One look at all numbers together: it costs little more than that at each.
+  if not (is_sound and state.catalogue ~= '' and string.find(table.concat(found, ' ', 2, 9),
+    '^[01]+ %d+ %d+ %d+ %d+ %d* %d+ %d+$')) then
     return {'damaged', PROGRESS}
   end
 elseif redis.call('EXISTS', PROGRESS, METADATA) > 0 then
@@ -90,36 +89,41 @@ end
 -- A log that is none fails here, before anything is written, and not after.
 local events = redis.call('XLEN', EVENTS)
 
-local deadline_ms = tonumber(state.deadline or 0)
-local step_ms = math.max(1, math.floor(lifetime_ms / DEADLINE_STEPS))
-local wanted_ms = math.ceil((now_ms + lifetime_ms) / step_ms) * step_ms
 -- A log or a memory that was lost is begun anew, and must not live for ever.
-local moved = wanted_ms > deadline_ms or events == 0 or not memory[3]
-deadline_ms = math.max(deadline_ms, wanted_ms)
-local deadline = whole(deadline_ms)
+local deadline, deadline_ms = state.deadline, tonumber(state.deadline or 0)
+local moved = now_ms + lifetime_ms > deadline_ms or events == 0 or not memory[3]
+if moved then
+  local step_ms = math.max(1, math.floor(lifetime_ms / DEADLINE_STEPS))
+  deadline_ms = math.max(deadline_ms, math.ceil((now_ms + lifetime_ms) / step_ms) * step_ms)
+  deadline = whole(deadline_ms)
+end
 
 local changed, recorded, placed = false, false, true
+local first_saved, ever_until_now
 
 -- A script that changes the status, the saved steps, or what says whether they are in an export,
 -- says so in `state` too: by these the session has its place in the index.
 local function change(...)
   changed = true
   state.updated_at = at_ms
-  state.changes = whole(tonumber(state.changes or 0) + 1)
+  state.changes = whole((state.changes or 0) + 1)
   redis.call('HSET', PROGRESS, 'updated_at', at_ms, 'changes', state.changes, ...)
 end
 
 local function record(kind, ...)
   recorded = true
   if not IS_TAGGED then
-    feed(kind, SESSION, 'at', at_ms, ...)
+    -- One operation in 16, by the last digit of its id, which is random.
+    feed(string.byte(operation, -1) == 48, kind, SESSION, 'at', at_ms, ...)
   end
-  return redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'type', kind, 'at', at_ms, ...)
+  return redis.call('XADD', EVENTS, '*', 'type', kind, 'at', at_ms, ...)
 end
 
--- Say that the session belongs elsewhere in the index, although it has the same class.
-local function place_anew()
-  placed = false
+-- Say that the session's entry in the index is not what it was, although its class may be: `steps`
+-- were saved for the first time, those before them are marked in `ever_before`, or, without these,
+-- anything may have changed.
+local function place_anew(steps, ever_before)
+  placed, first_saved, ever_until_now = false, steps, ever_before
 end
 
 -- Keep the session's place in the index, where that lies beside it. Nearly every write finds the
@@ -128,21 +132,27 @@ local function keep_place()
   local is_held = state.held ~= '0' and string.find(state.saved, '1', 1, true)
   local class = state.status .. (is_held and ':held' or ':free')
   local is_there = redis.call('ZADD', INDEX .. 'activity:' .. class, at_ms, SESSION) == 0
-  if is_there and placed then
-    if moved then
-      redis.call('ZADD', DEADLINES, deadline, SESSION)
-    end
+  local is_settled = is_there and (placed or first_saved)
+  if is_settled and moved then
+    redis.call('ZADD', DEADLINES, deadline, SESSION)
+  end
+  if is_settled and placed then
     return
   end
-  local owner = redis.pcall('HMGET', METADATA, 'workspace_id', 'user_id')
-  place(SESSION, {
-    created = state.created_at, class = class, ended = state.ended_at, ever = state.ever or '',
-    changes = state.changes or '0', fed = '-', workspace = owner[1] or '', user = owner[2] or '',
-    activity = at_ms, deadline = deadline, catalogue = state.catalogue,
+  local _, _, place, mark = index_verbs()
+  local entry = {
+    created = state.created_at, class = class, ever = state.ever or '', changes = state.changes or '0',
+    fed = '-', activity = at_ms, deadline = deadline, catalogue = state.catalogue,
     saved_at = function(step)
-      return redis.call('HGET', PROGRESS, 's' .. step)
+      return unpack(redis.call('HMGET', PROGRESS, 's' .. step - 1, 's' .. step))
     end,
-  }, is_there)
+  }
+  if not (is_settled and mark(SESSION, entry, ever_until_now, first_saved)) then
+    local owner = redis.pcall('HMGET', METADATA, 'workspace_id', 'user_id')
+    entry.workspace, entry.user = owner[1] or '', owner[2] or ''
+    entry.ended = state.ended_at or redis.call('HGET', PROGRESS, 'ended_at') or ''
+    place(SESSION, entry, is_there)
+  end
 end
 
 -- Forget operations of older turns, records that have had their time, parts of bodies that were
@@ -204,16 +214,18 @@ local function move_deadline()
   end
 end
 
--- Remember the reply and return it. `kept` is what the Idempotency-Key answers, if not the reply.
-local function answer(reply, kept)
-  redis.call('HSET', OPS, whole(turn) .. ':' .. operation, cjson.encode(reply), 'turn', whole(turn))
+-- Remember the reply and return it. `kept` is what the Idempotency-Key answers, if not the reply,
+-- `text` the reply as JSON, where the script knows a cheaper way to write it.
+local function answer(reply, kept, text)
+  redis.call('HSET', OPS, this_turn .. ':' .. operation, text or cjson.encode(reply))
   if idempotency then
     local end_ms = now_ms + IDEMPOTENCY_MS
     redis.call('SET', idempotency, fingerprint .. cjson.encode(kept or reply), 'PXAT',
       whole(math.min(end_ms, deadline_ms)))
     redis.call('HSET', OPS, 'key:' .. idempotency, whole(end_ms))
   end
-  if memory[3] ~= whole(turn) then
+  if memory[3] ~= this_turn then
+    redis.call('HSET', OPS, 'turn', this_turn)
     forget_older_turns()
   end
   if not changed then
@@ -228,6 +240,10 @@ local function answer(reply, kept)
     pcall(keep_place)
   end
   if recorded then
+    -- Cut where a cut takes something away: a stream is cut by the hundred.
+    if events >= EVENTS_KEPT + 100 then
+      redis.call('XTRIM', EVENTS, 'MAXLEN', '~', EVENTS_KEPT)
+    end
     -- Tells who follows the session to look at its log. A write must not fail because the store
     -- lets nobody publish.
     redis.pcall('PUBLISH', EVENTS, 'recorded')
