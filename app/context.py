@@ -20,11 +20,11 @@ class Meter:
 
 @dataclass(slots=True)
 class RequestContext:
-    """Never changed, only replaced by one that knows more; the meter in it counts.
+    """Replaced by one that knows more, where that is only for a part; the meter in it counts.
 
-    `deadline_s` is a time of `clock.monotonic_s`, after which no retry begins. `principal` is known
-    once it was asked for, `session_id` once the path has been read; `agent` is the one that was
-    made for the request's question, and is seen only where that runs.
+    `deadline_s` is a time of `clock.monotonic_s`, after which no retry begins. `principal` and
+    `session_id` are put in by who lets the request in, before anybody else looks; `agent` is the
+    one that was made for the request's question, and is seen only where that runs.
     """
 
     request_id: str
@@ -55,20 +55,6 @@ def learn(**known: Any) -> None:
     context = _current.get()
     if context is not None:
         _current.set(replace(context, **known))
-
-
-def learn_caller(context: RequestContext, principal: Principal, session_id: str | None) -> None:
-    """Put one into the place of a context that knows who asks, and about which session."""
-    _current.set(
-        RequestContext(
-            context.request_id,
-            context.deadline_s,
-            context.meter,
-            principal,
-            session_id,
-            context.agent,
-        )
-    )
 
 
 set_context = _current.set

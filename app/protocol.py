@@ -9,7 +9,6 @@ way, and so do pipelining, flow control and the end of a connection.
 
 import asyncio
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -257,27 +256,19 @@ class Cycle(RequestResponseCycle):
         body, self.body = self.body, bytearray()
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
-    async def send_whole(
-        self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes
-    ) -> None:
-        """Send an answer in one write; `headers` say how long it is, in lower case."""
+    async def send_whole(self, status: int, head: bytes, body: bytes) -> None:
+        """Send an answer in one write; `head` has its headers, in lower case, each with its end."""
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
         if self.disconnected:
             return
-        lines = [STATUS_LINE[status][:-2]]
-        for name, value in (*self.default_headers, *headers):
-            if name == b"connection" and value == b"close":
-                self.keep_alive = False
-            else:
-                lines.append(name + b": " + value)
-        if not self.keep_alive:
-            lines.append(b"connection: close")
-        head = b"\r\n".join(lines)
-        if head.count(b"\n") != len(lines) - 1:
-            raise RuntimeError("a header of the answer has a line break in it")
+        if b"connection: close\r\n" in head:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            head += b"connection: close\r\n"
+        date = b"".join([b"%b: %b\r\n" % pair for pair in self.default_headers])
         self.response_started = self.response_complete = True
-        self.transport.write(b"%b\r\n\r\n%b" % (head, body))
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], date, head, body))
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()

@@ -1,13 +1,13 @@
 """Who may call what: asked once per request, before anything of it is looked at."""
 
-from typing import cast
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.headers import describe_policies, describe_standing, describe_standings
-from app.api.middleware import HEADERS
+from app.api.middleware import STANDINGS
 from app.api.operations import Operation
-from app.context import get_context, learn_caller
+from app.context import get_context
 from app.errors import (
     AccessError,
     NotTheirsError,
@@ -25,6 +25,11 @@ from app.services.audit import AuditTrail
 from app.services.limits import Limiter, LimitReachedError
 from app.wiring import AppState
 
+if TYPE_CHECKING:
+    from app.api.dispatch import Endpoint
+
+T = TypeVar("T")
+
 
 class AccessMiddleware:
     """Lets a request through to its operation when whoever sent it may, as often as they may.
@@ -33,7 +38,7 @@ class AccessMiddleware:
     not let in stays on record.
     """
 
-    def __init__(self, app: ASGIApp, operation: Operation) -> None:
+    def __init__(self, app: "Endpoint", operation: Operation) -> None:
         self.app = app
         self._operation = operation
         is_open = operation.access is Access.OPEN
@@ -45,14 +50,21 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if self._operation.access is Access.PUBLIC:
-            await self.app(scope, receive, send)
-            return
+        await self._let_through(scope, lambda: self.app(scope, receive, send))
+
+    async def reply(self, scope: Scope, receive: Receive) -> ASGIApp:
+        """Give the answer to a plain request."""
+        return await self._let_through(scope, lambda: self.app.reply(scope, receive))
+
+    async def _let_through(self, scope: Scope, go: Callable[[], Awaitable[T]]) -> T:
+        access = self._operation.access
+        if access is Access.PUBLIC:
+            return await go()
         services = cast("AppState", scope["state"])["services"]
         if self._operation.at_once == "requests":
             services.in_flight.check()
         principal, refusal = NOBODY, None
-        if self._operation.access is not Access.OPEN:
+        if access is not Access.OPEN:
             try:
                 # Who is refused is refused once they have been counted.
                 found = services.access.recognise(scope["headers"])
@@ -63,32 +75,32 @@ class AccessMiddleware:
                 refusal = failure
         context = get_context()
         if context is not None:
-            learn_caller(context, principal, _session_of(scope))
+            context.principal, context.session_id = principal, _session_of(scope)
+        limiter = services.limiter
         caller = principal.identity or caller_of_address((scope.get("client") or (None,))[0])
         try:
-            limiter = services.limiter
             if self._may_guess:
                 limiter.check_misses(caller)
             standing = None if self._creates else limiter.admit_at_once(caller)
             if standing is None:
                 await self._count(limiter, caller, scope)
             else:
-                scope[HEADERS] = describe_standing(standing)
+                scope[STANDINGS] = (standing,)
             if refusal is not None:
                 raise refusal
-            check_access(self._operation.access, principal)
-            await self.app(scope, receive, send)
+            check_access(access, principal)
+            return await go()
         except self._refusals as refused:
             if isinstance(refused, self._miss):
                 # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
-                await services.limiter.count_miss(caller)
+                await limiter.count_miss(caller)
             self._note(services.audit, refused)
             raise
-        except LimitReachedError as refusal_of_limit:
-            scope.setdefault(HEADERS, describe_standing(refusal_of_limit.standing))
+        except LimitReachedError as reached:
+            scope.setdefault(STANDINGS, (reached.standing,))
             raise
         except self._miss:
-            await services.limiter.count_miss(caller)
+            await limiter.count_miss(caller)
             raise
 
     async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
@@ -104,10 +116,7 @@ class AccessMiddleware:
         finally:
             known = [each for each in standings if each is not None]
             if known:
-                scope[HEADERS] = {
-                    "ratelimit-policy": describe_policies(known),
-                    "ratelimit": describe_standings(known),
-                }
+                scope[STANDINGS] = known
 
     def _note(self, trail: AuditTrail, refused: OnboardingError) -> None:
         """Put on record that somebody was not let in."""

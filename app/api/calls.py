@@ -1,6 +1,6 @@
 """A call: one request, checked, as handlers get it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -25,25 +25,39 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Reply:
-    """A JSON answer, there as a whole; Starlette's takes 4 us more to be made."""
+    """A JSON answer, there as a whole; Starlette's takes 4 us more to be made.
 
-    __slots__ = ("body", "headers", "status")
+    `extra` are further headers, in lower case.
+    """
 
-    def __init__(self, status: int, body: bytes) -> None:
-        """Take the body; further `headers` are added in lower case."""
+    __slots__ = ("body", "extra", "status")
+
+    def __init__(self, status: int, body: bytes, extra: Sequence[tuple[bytes, bytes]]) -> None:
         self.status = status
         self.body = body
-        self.headers = [
-            (b"cache-control", b"no-store"),
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-        ]
+        self.extra = extra
+
+    @property
+    def head(self) -> bytes:
+        """The headers as they are sent, each with the end of its line."""
+        head = _HEAD % len(self.body)
+        for name, value in self.extra:
+            head += b"%b: %b\r\n" % (name, value)
+        return head
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         """Send it, as an ASGI application does."""
-        start = {"type": "http.response.start", "status": self.status, "headers": self.headers}
-        await send(start)
+        headers = [
+            (b"cache-control", b"no-store"),
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(self.body)),
+            *self.extra,
+        ]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
+
+
+_HEAD = b"cache-control: no-store\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
 
 
 @dataclass(slots=True)
@@ -145,12 +159,14 @@ class Call:
     ) -> "Reply":
         """Answer with a document, or with anything that becomes JSON."""
         body = content.text if isinstance(content, Document) else orjson.dumps(content)
-        reply = Reply(status, body)
-        for name, value in (headers or {}).items():
-            reply.headers.append((name.encode("latin-1"), value.encode("latin-1")))
+        extra: Sequence[tuple[bytes, bytes]] = ()
+        if headers:
+            extra = [
+                (name.encode("latin-1"), text.encode("latin-1")) for name, text in headers.items()
+            ]
         if self.idempotent is not None and self.idempotent.replayed:
-            reply.headers.append((b"idempotent-replayed", b"true"))
-        return reply
+            extra = [*extra, (b"idempotent-replayed", b"true")]
+        return Reply(status, body, extra)
 
     def not_modified(self, etag: str) -> Response:
         """Answer that the client has what it asks for."""

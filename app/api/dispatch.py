@@ -5,14 +5,14 @@ the session is, and the handler does the rest.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.access import AccessMiddleware
 from app.api.calls import Call
@@ -45,6 +45,8 @@ from app.onboarding.tokens import check_token_id
 from app.settings import Settings
 from app.wiring import AppState
 
+T = TypeVar("T")
+
 DONE = "done"
 """What the record says of a call that succeeded; of one that the store failed it names the code."""
 
@@ -69,7 +71,7 @@ class Resource:
             method: AccessMiddleware(Endpoint(operation), operation)
             for method, operation in operations.items()
         }
-        self._plain = {method for method, operation in operations.items() if _is_plain(operation)}
+        self.plain = {method for method, operation in operations.items() if _is_plain(operation)}
         if "GET" in operations:
             self.endpoints["HEAD"] = self.endpoints["GET"]
         self._allow = ", ".join(sorted(self.endpoints))
@@ -86,12 +88,9 @@ class Resource:
             raise HTTPException(405, headers={"Allow": self._allow})
         await endpoint(scope, receive, send)
 
-    def is_plain(self, method: str) -> bool:
-        """Say whether a method's bodies come, and its answers go, in one piece."""
-        return method in self._plain
-
 
 def _is_plain(operation: Operation) -> bool:
+    """Say whether bodies come, and answers go, in one piece."""
     return (
         operation.at_once == "requests"
         and not operation.quiet
@@ -117,41 +116,56 @@ class Endpoint:
         if operation.quiet:
             scope[QUIET] = True
         call = await self._check(scope, receive)
-        services = call.services
         # Counted from here on: whoever takes their time to send a body keeps nobody out.
-        counted, whose = services.in_flight, ""
+        counted, whose = call.services.in_flight, ""
         if operation.at_once == "transfers":
-            counted, whose = services.transfers, call.session_id or call.principal.identity
-        elif operation.at_once == "own":
-            await self._answer(call, scope, receive, send)
-            return
-        counted.enter(whose)
+            counted, whose = call.services.transfers, call.session_id or call.principal.identity
+        if operation.at_once != "own":
+            counted.enter(whose)
         try:
-            await self._answer(call, scope, receive, send)
+            await self._check_session(call)
+            if operation.audited:
+                await self._recorded(call, lambda: self._send(call, scope, receive, send))
+            else:
+                await self._send(call, scope, receive, send)
         finally:
-            counted.leave(whose)
+            if operation.at_once != "own":
+                counted.leave(whose)
 
-    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        session_id, access = call.session_id, call.services.access
-        if session_id and not access.is_known_theirs(call.principal, session_id):
-            await access.check_session(call.principal, session_id)
-        if self._operation.audited:
-            await self._recorded(call, scope, receive, send)
-        else:
-            response = await self._operation.handler(call)
-            await response(scope, receive, send)
+    async def reply(self, scope: Scope, receive: Receive) -> ASGIApp:
+        """Give the answer to a plain request. Raises what the checks and the handler raise."""
+        call = await self._check(scope, receive)
+        services, session_id = call.services, call.session_id
+        services.in_flight.enter()
+        try:
+            if not services.access.is_known_theirs(call.principal, session_id):
+                await self._check_session(call)
+            if self._operation.audited:
+                return await self._recorded(call, lambda: self._operation.handler(call))
+            return await self._operation.handler(call)
+        finally:
+            services.in_flight.leave()
 
-    async def _recorded(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _check_session(self, call: Call) -> None:
+        if call.session_id:
+            await call.services.access.check_session(call.principal, call.session_id)
+
+    async def _send(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._operation.handler(call)
+        await response(scope, receive, send)
+
+    async def _recorded(self, call: Call, handle: Callable[[], Awaitable[T]]) -> T:
         """Handle what stays on record when it was done, or may have been."""
         outcome: str | None = INTERRUPTED
         try:
-            response = await self._operation.handler(call)
-            await response(scope, receive, send)
+            answer = await handle()
             outcome = DONE
         except OnboardingError as failure:
             # Where the store did not answer, it may have been done all the same.
             outcome = failure.code if isinstance(failure, StoreUnavailableError) else None
             raise
+        else:
+            return answer
         finally:
             context = get_context()
             # Of nobody it is only known what they did when it succeeded.

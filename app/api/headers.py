@@ -1,7 +1,7 @@
 """Headers to values, and back: tags, Idempotency-Key, media types, file names, request ids."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -175,10 +175,14 @@ def describe_standings(standings: Iterable[Standing]) -> str:
     return ", ".join(f'"{policy}";r={left};t={t}' for policy, _, left, t in standings)
 
 
-def describe_standing(standing: Standing) -> dict[str, str]:
-    """Give both fields where there is one policy, as for nearly every request."""
-    policy, limit, left, reset_s = standing
-    return {
-        "ratelimit-policy": f'"{policy}";q={limit.quota};w={limit.window_s}',
-        "ratelimit": f'"{policy}";r={left};t={reset_s}',
-    }
+def describe_limits(standings: Sequence[Standing]) -> str:
+    """Write both fields as they are sent, each with the end of its line."""
+    if len(standings) == 1:
+        # As for nearly every request.
+        policy, limit, left, reset_s = standings[0]
+        return (
+            f'ratelimit-policy: "{policy}";q={limit.quota};w={limit.window_s}\r\n'
+            f'ratelimit: "{policy}";r={left};t={reset_s}\r\n'
+        )
+    policies, told = describe_policies(standings), describe_standings(standings)
+    return f"ratelimit-policy: {policies}\r\nratelimit: {told}\r\n"

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.headers import is_request_id
+from app.api.headers import describe_policies, describe_standings, is_request_id
 from app.api.problems import CLIENT_CLOSED, problem
 from app.api.streaming import EXTEND
 from app.clock import monotonic_s
@@ -26,8 +26,8 @@ log = structlog.get_logger()
 ROUTE = "onboarding.route"
 """Where in the scope the dispatcher leaves the template of the route."""
 
-HEADERS = "onboarding.headers"
-"""Where whoever looks at a request leaves headers for its answer, whatever that will be."""
+STANDINGS = "onboarding.standings"
+"""Where it says how the caller stands with the limits, for the answer, whatever that will be."""
 
 QUIET = "onboarding.quiet"
 """Where it says that nothing is to be logged or counted: for probes, which ask every second."""
@@ -69,7 +69,10 @@ class RequestMiddleware:
                 status, answered_s = message["status"], monotonic_s()
                 answer = MutableHeaders(scope=message)
                 answer["x-request-id"] = request_id
-                answer.update(scope.get(HEADERS, {}))
+                standings = scope.get(STANDINGS)
+                if standings:
+                    answer["ratelimit-policy"] = describe_policies(standings)
+                    answer["ratelimit"] = describe_standings(standings)
                 # Whether a body that waits for leave still comes is open: what comes next may be
                 # it, or not.
                 if (waits_for_leave and not read) or is_stopping(scope):
