@@ -15,7 +15,7 @@ async def get_progress(call: Call) -> ASGIApp:
 
 async def get_summary(call: Call) -> ASGIApp:
     """Show a session at a glance, without its answers."""
-    return call.answer(await call.manager.get_session_summary(call.session_id))
+    return call.answer(await call.manager.write_summary(call.session_id))
 
 
 OPERATIONS = [

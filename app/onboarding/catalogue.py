@@ -112,6 +112,22 @@ class Catalogue:
         content = orjson.dumps(orjson.loads(self.text), option=orjson.OPT_SORT_KEYS)
         return f"{self.version}@{hashlib.sha256(content).hexdigest()[:16]}"
 
+    @cached_property
+    def summary_lines(self) -> list[str]:
+        """How the JSON about each step begins in a summary, up to whether there is a draft."""
+        texts = [
+            orjson.dumps(
+                {
+                    "step_id": step.id,
+                    "key": step.key,
+                    "title": step.title,
+                    "required": step.required,
+                }
+            ).decode()
+            for step in self.steps
+        ]
+        return [text.removesuffix("}") + ',"has_draft":' for text in texts]
+
     def __contains__(self, step_id: object) -> bool:
         return isinstance(step_id, int) and 1 <= step_id <= self.total
 

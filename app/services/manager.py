@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import structlog
 
@@ -41,6 +41,7 @@ from app.onboarding.sessions import (
     Session,
     SessionChanges,
     SessionView,
+    Summary,
     SummaryView,
     check_owner,
     check_session_id,
@@ -508,6 +509,10 @@ class OnboardingSessionManager:
 
     async def get_session_summary(self, session_id: str) -> SummaryView:
         """Describe a session at a glance, without its answers. One round trip."""
+        return cast("SummaryView", (await self.write_summary(session_id)).value)
+
+    async def write_summary(self, session_id: str) -> Summary:
+        """Describe a session as `get_session_summary` does, in JSON that was not decoded."""
         check_session_id(session_id)
         steps = self.catalogue.total
         session, drafts = await self._steps.list_drafts(session_id, steps)

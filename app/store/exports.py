@@ -32,7 +32,7 @@ class ExportStore:
 
     async def get(self, session_id: str) -> Export | None:
         """Read the latest export; None when there is none. One command, two when there is none."""
-        key = self._keys.session(session_id).export
+        key = self._keys.of(session_id, "export")
         stored = await self._gateway.command("GET", key)
         if stored is None:
             # No session, never finalized, or lost: only a look at both at once can tell.

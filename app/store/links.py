@@ -7,7 +7,7 @@
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from enum import Enum, auto
 from functools import partial
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ class Way(Enum):
 class Link(Protocol):
     """A way to a store, in one event loop."""
 
-    async def send(self, key: str, commands: list[Command]) -> Any:
+    def send(self, key: str, commands: list[Command]) -> Awaitable[Any]:
         """Send commands about the slot of `key` in a row; give the answer to the first.
 
         Several come only where replicas are asked. Raises the first error among the answers,
@@ -92,9 +92,9 @@ class SharedLink:
             wait_ms=wait_ms,
         )
 
-    async def send(self, _: str, commands: list[Command]) -> Any:
+    def send(self, _: str, commands: list[Command]) -> Awaitable[Any]:
         """Send commands in a row; see `Link`."""
-        return await self._connection.send(commands)
+        return self._connection.send(commands)
 
     async def send_to_all(self, command: Command) -> list[Any]:
         """Ask the one server; see `Link`."""

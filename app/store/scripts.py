@@ -45,14 +45,12 @@ class Script:
     text: str
     sha: str
 
-    @property
-    def is_promise(self) -> bool:
-        """Whether its answer says that something was done that must not be lost.
+    is_promise: bool
+    """Whether its answer says that something was done that must not be lost.
 
-        Then it must not be done too late either: it opens with `sending.lua`. What others do too
-        late is made up for as what is lost of them.
-        """
-        return self.name not in READING and self.name not in HINTS
+    Then it must not be done too late either: it opens with `sending.lua`. What others do too late
+    is made up for as what is lost of them.
+    """
 
 
 @cache
@@ -62,7 +60,8 @@ def load_script(name: str) -> Script:
     _gather(name, texts)
     text = "".join(texts.values())
     # SHA-1 is the name that EVALSHA takes; nothing is protected by it.
-    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    return Script(name, text, sha, name not in READING and name not in HINTS)
 
 
 def _gather(name: str, texts: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ from app.errors import (
     SessionCapacityError,
     SessionNotFoundError,
 )
-from app.onboarding.catalogue import Catalogue
+from app.onboarding.catalogue import MAX_STEPS, Catalogue
 from app.onboarding.files import FileInfo, FileKind
 from app.onboarding.generation import MAY_FOLLOW
 from app.onboarding.idempotency import IdempotentRequest
@@ -244,10 +244,12 @@ class SessionStore:
 
     async def get_with_presence(
         self, session_id: str, strings: Sequence[str]
-    ) -> tuple[Session, list[bool]]:
-        """Read a session, and which of some string keys are there, at one instant."""
-        session, present = await self._read(session_id, strings, "presence")
-        return session, [flag == 1 for flag in present]
+    ) -> tuple[Session, list[int]]:
+        """Read a session, and which of some string keys are there, at one instant.
+
+        They are told by their places among them, the first being 1.
+        """
+        return await self._read(session_id, strings, "presence")
 
     async def get_with(
         self, session_id: str, strings: Sequence[str], *, is_promise: bool = False
@@ -267,12 +269,13 @@ class SessionStore:
         )
         if reply.word == "not_found":
             raise SessionNotFoundError
-        metadata, progress, values = reply.values
-        return _session(session_id, keys, _pairs(metadata), _pairs(progress)), values
+        metadata, lines, count, values = reply.values
+        progress = _fields(keys.progress, lines, count)
+        return _session(session_id, keys, _pairs(metadata), progress), values
 
     async def get_state(self, session_id: str) -> State:
         """Read what a session's progress tells. One command, two when it is not there."""
-        key = self._keys.session(session_id).progress
+        key = self._keys.of(session_id, "progress")
         values = await self._gateway.command("HMGET", key, *STATE_FIELDS)
         if not any(values):
             # No session, or a damaged one: only a look at all of it at once can tell.
@@ -408,6 +411,9 @@ STATE_FIELDS = (
 )
 """The fields of `progress` from which `read_state` reads."""
 
+_STATE_NAMES = [name.encode() for name in STATE_FIELDS]
+_STATUSES = {status.encode(): status for status in SessionStatus}
+
 
 def read_state(key: str, values: Sequence[bytes | None]) -> State:
     """Read the state of a session from the fields of `progress`, which is `key`.
@@ -419,7 +425,7 @@ def read_state(key: str, values: Sequence[bytes | None]) -> State:
         raise corrupt(key)
     try:
         return State(
-            status=SessionStatus(status.decode()),
+            status=_STATUSES[status],
             saved=saved.decode(),
             highest=int(highest or b""),
             created_ms=_time_ms(created),
@@ -429,7 +435,7 @@ def read_state(key: str, values: Sequence[bytes | None]) -> State:
             revision=int(revision or b""),
             run_revision=int(run_revision or 0),
         )
-    except ValueError:
+    except (KeyError, ValueError):
         raise corrupt(key) from None
 
 
@@ -455,6 +461,11 @@ def _session(
     )
 
 
+# Written once: there are two for each step.
+_VERSION_NAMES = [b"v%d" % step for step in range(MAX_STEPS + 1)]
+_SAVED_NAMES = [b"s%d" % step for step in range(MAX_STEPS + 1)]
+
+
 class Versions(NamedTuple):
     """What the whole progress of a session tells beside its state: see `Session`."""
 
@@ -469,15 +480,15 @@ class Versions(NamedTuple):
 
 def read_versions(keys: SessionKeys, progress: Mapping[bytes, bytes]) -> Versions:
     """Read all fields of `progress`. Raises `CorruptRecordError`."""
-    state = read_state(keys.progress, [progress.get(name.encode()) for name in STATE_FIELDS])
+    state = read_state(keys.progress, [*map(progress.get, _STATE_NAMES)])
     marked = [step for step, mark in enumerate(state.saved, start=1) if mark == "1"]
     try:
         return Versions(
             state,
             progress[b"catalogue"].decode(),
             int(progress[b"changes"]),
-            {step: int(progress[b"v%d" % step]) for step in marked},
-            {step: _time_ms(progress[b"s%d" % step]) for step in marked},
+            {step: int(progress[_VERSION_NAMES[step]]) for step in marked},
+            {step: _time_ms(progress[_SAVED_NAMES[step]]) for step in marked},
             int(progress.get(b"request_count", 0)),
             int(progress.get(b"total_processing_ms", 0)),
         )
@@ -543,6 +554,17 @@ def _flat(fields: Mapping[str, str | bytes]) -> list[str | bytes]:
 
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, Any]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _fields(key: str, lines: bytes, count: int) -> dict[bytes, bytes]:
+    """Take `progress` apart, `key`, as `read_session` answers with it.
+
+    Raises `CorruptRecordError` for what is not one name or one value a line: none of ours has two.
+    """
+    parts = lines.split(b"\n")
+    if len(parts) != count:
+        raise corrupt(key)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _time_ms(value: bytes | None) -> int:

@@ -130,7 +130,7 @@ class StepStore:
 
         Raises `InvalidStepIdError` when the session has no such step.
         """
-        key = self._keys.session(session_id).step(step_id)
+        key = self._keys.of(session_id, f"step:{step_id}")
         stored = await self._gateway.command("GET", key)
         if stored is None:
             # No session, no such step, not saved, or lost: only a look at both at once can tell.
@@ -157,13 +157,9 @@ class StepStore:
 
     async def list_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
         """Read a session with the numbers of the steps, up to `steps`, that have a draft."""
-        keys = self._keys.session(session_id)
-        numbers = range(1, steps + 1)
-        drafts = [*map(keys.draft, numbers)]
-        session, present = await self._sessions.get_with_presence(session_id, drafts)
-        return session, frozenset(
-            number for number, there in zip(numbers, present, strict=True) if there
-        )
+        drafts = self._keys.session(session_id).drafts(steps)
+        session, numbers = await self._sessions.get_with_presence(session_id, drafts)
+        return session, frozenset(numbers)
 
     async def delete(
         self,

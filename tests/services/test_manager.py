@@ -702,6 +702,7 @@ CALLS: dict[str, Callable[[Manager, str], Awaitable[Any]]] = {
     "view_progress": lambda m, s: m.view_progress(s),
     "update_progress": lambda m, s: m.update_progress(s, 1),
     "get_session_summary": lambda m, s: m.get_session_summary(s),
+    "write_summary": lambda m, s: m.write_summary(s),
     "finalize": lambda m, s: m.finalize(s),
     "get_export": lambda m, s: m.get_export(s),
     "reopen": lambda m, s: m.reopen(s),

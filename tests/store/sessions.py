@@ -1,6 +1,5 @@
 """Sessions as these tests need them: services at any address, every kind of call, the keys."""
 
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from app.onboarding.sessions import Owner
 from app.services.files import BodyLimits, FileService
 from app.services.generation import GenerationService
 from app.services.manager import OnboardingSessionManager, make_manager
+from app.store import gateway as gateway_module
 from app.store.assistant import AssistantStore
 from app.store.connect import connect
 from app.store.events import EventStore
@@ -281,10 +281,10 @@ async def count_events(gateway: Gateway, session_id: str) -> int:
 
 def watch_operation_ids(monkeypatch: pytest.MonkeyPatch, make: Callable[[], bytes | None]) -> None:
     """Call `make` whenever an operation id is drawn; what it gives, if anything, is the id."""
-    draw = os.urandom
+    draw = gateway_module.new_operation
 
-    def urandom(size: int) -> bytes:
-        # Of this length nobody else asks for random bytes.
-        return (make() if size == 12 else None) or draw(size)
+    def new_operation() -> str:
+        made = make()
+        return draw() if made is None else made.hex()
 
-    monkeypatch.setattr("app.store.gateway.os.urandom", urandom)
+    monkeypatch.setattr(gateway_module, "new_operation", new_operation)

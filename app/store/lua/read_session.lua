@@ -3,8 +3,9 @@
 -- KEYS  1 metadata, 2 progress, from 3 strings of the session
 -- ARGV  1 'values' to read the strings, 'presence' to see only which of them are there
 --
--- Returns {'ok', metadata, progress, strings} with the hashes as field and value lists, and of the
---         strings their values, or 1 and 0,
+-- Returns {'ok', metadata, progress, parts, strings}: metadata as a list of fields and values, progress
+--         as the same with a line for each, and how many parts that was made of; of the strings their
+--         values, or the places of those that are there, the first being 1,
 --         {'not_found'}, {'damaged', key} when one of the hashes is none, or gone and the other is
 --         not
 --
@@ -24,10 +25,16 @@ if #progress == 0 then
 end
 local strings = {}
 if ARGV[1] == 'presence' then
-  for i = 3, #KEYS do
-    strings[i - 2] = redis.call('EXISTS', KEYS[i])
+  -- Nearly always there is none, which one look at all of them tells.
+  if redis.call('EXISTS', unpack(KEYS, 3)) > 0 then
+    for i = 3, #KEYS do
+      if redis.call('EXISTS', KEYS[i]) == 1 then
+        strings[#strings + 1] = i - 2
+      end
+    end
   end
 elseif #KEYS > 2 then
   strings = redis.call('MGET', unpack(KEYS, 3))
 end
-return {'ok', metadata, progress, strings}
+-- In one piece: a reply takes as long to write as all the rest, if it is one of a hundred parts.
+return {'ok', metadata, table.concat(progress, '\n'), #progress, strings}
