@@ -280,9 +280,9 @@ class OnboardingSessionManager:
         check_session_id(session_id)
         answers = Document.of(data, InvalidStepDataError)
 
-        async def save(catalogue: Catalogue) -> Saved:
+        def save(catalogue: Catalogue) -> Awaitable[Saved]:
             self._check_answers(catalogue, step_id, answers, "/data")
-            return await self._save(
+            return self._save(
                 session_id,
                 {step_id: answers},
                 catalogue,
@@ -705,7 +705,7 @@ class OnboardingSessionManager:
             raise SessionConflictError
         return _saved_step(session_id, step_id, saved)
 
-    async def _save(
+    def _save(
         self,
         session_id: str,
         answers: Mapping[int, Document],
@@ -715,9 +715,9 @@ class OnboardingSessionManager:
         expected_version: int | None = None,
         expected_draft: str | None = None,
         request: IdempotentRequest | None = None,
-    ) -> Saved:
+    ) -> Awaitable[Saved]:
         at_ms = now_ms()
-        return await self._steps.save(
+        return self._steps.save(
             session_id,
             answers,
             pin=catalogue.pin,
@@ -801,11 +801,11 @@ def _step(session_id: str, step_id: int, stored: StoredStep | Draft) -> Step:
 
 
 def _saved_step(session_id: str, step_id: int, saved: Saved) -> SavedStep:
-    return SavedStep(
-        success=True,
-        session_id=session_id,
-        step_id=step_id,
-        version=saved.versions[step_id],
-        progress=saved.progress,
-        updated_at=rfc3339(saved.at_ms),
-    )
+    return {
+        "success": True,
+        "session_id": session_id,
+        "step_id": step_id,
+        "version": saved.versions[step_id],
+        "progress": saved.progress,
+        "updated_at": rfc3339(saved.at_ms),
+    }

@@ -21,7 +21,7 @@ from app.onboarding.progress import Progress
 from app.onboarding.sessions import Session
 from app.onboarding.steps import NO_PRECONDITION, Precondition, Tags
 from app.store.faults import corrupt
-from app.store.gateway import Gateway, Reply
+from app.store.gateway import Argument, Gateway, Reply
 from app.store.sessions import SessionStore, progress_of
 
 
@@ -101,10 +101,15 @@ class StepStore:
         when the precondition does not hold, `StepChangedError` when the expectation does not.
         """
         keys = self._keys.session(session_id)
+        named: list[str] = []
+        sent: list[Argument] = []
+        for number, data in answers.items():
+            named += (keys.step(number), keys.draft(number))
+            sent += (number, data.text)
         reply = await self._gateway.change(
             "save_steps",
             keys,
-            [key for number in answers for key in (keys.step(number), keys.draft(number))],
+            named,
             [
                 pin,
                 _tags(precondition.if_match),
@@ -112,7 +117,7 @@ class StepStore:
                 "" if expected_version is None else expected_version,
                 expected_draft or "",
                 saved_at,
-                *(part for number, data in answers.items() for part in (number, data.text)),
+                *sent,
             ],
             at_ms=at_ms,
             request=request,
@@ -264,6 +269,8 @@ def decode_draft(step_id: int, key: str, stored: bytes, version: bytes) -> Draft
 def _check_done(reply: Reply, step_id: int = 0) -> None:
     """Raise the error that a script's word stands for, unless it did what it was asked."""
     match reply.word:
+        case "ok":
+            return
         case "not_found":
             raise SessionNotFoundError
         case "other_catalogue":
