@@ -37,6 +37,9 @@ comes in one with the end of a head may be a body."""
 LONGEST_QUERY = 30_000
 """Longest query that is read, in bytes."""
 
+COPIED_BYTES = 16 * 1024
+"""Up to which an answer is put together with its head before it is sent, in bytes."""
+
 UNREADABLE_QUERY = b"%FF"
 """What stands for a longer one: no UTF-8, so whoever looks into it refuses it."""
 
@@ -268,7 +271,10 @@ class Cycle(RequestResponseCycle):
             head += b"connection: close\r\n"
         date = b"".join([b"%b: %b\r\n" % pair for pair in self.default_headers])
         self.response_started = self.response_complete = True
-        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], date, head, body))
+        if len(body) < COPIED_BYTES:
+            self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], date, head, body))
+        else:
+            self.transport.writelines([STATUS_LINE[status], date, head, b"\r\n", body])
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()

@@ -22,7 +22,7 @@ from app.api.headers import (
     parse_entity_tags,
     parse_idempotency_key,
 )
-from app.api.middleware import QUIET, ROUTE
+from app.api.middleware import FIELDS, QUIET, ROUTE
 from app.api.operations import Body, Operation, Stream
 from app.api.streaming import Content, too_large
 from app.context import get_context
@@ -104,6 +104,7 @@ class Endpoint:
 
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
+        self._checked = [name for name in _CHECKS if f"{{{name}}}" in operation.path]
         # What few requests send, and is looked for only then.
         self._conditions = frozenset(
             {name.lower().encode() for name in operation.preconditions}
@@ -194,15 +195,15 @@ class Endpoint:
         if "n" in parameters:
             step_id = parse_step_id(parameters["n"])
             services.manager.check_known_step(step_id)
-        for name in _CHECKS.keys() & parameters.keys():
+        for name in self._checked:
             _CHECKS[name](parameters[name])
         if "user_id" in parameters:
             user_id = _read_segment(operation.path, scope, "user_id")
             parameters = {**parameters, "user_id": user_id}
 
-        headers = scope["headers"]
+        fields = scope.get(FIELDS) or dict(scope["headers"])
         if_match = if_none_match = key = None
-        if not self._conditions.isdisjoint([name for name, _ in headers]):
+        if not self._conditions.isdisjoint(fields):
             sent = Headers(scope=scope)
             if "If-Match" in operation.preconditions:
                 if_match = parse_entity_tags("If-Match", sent.getlist("if-match"))
@@ -216,7 +217,7 @@ class Endpoint:
         if isinstance(operation.body, Stream):
             content = _open(operation.body, settings, scope, receive)
         elif operation.body is not None:
-            raw = await _read(operation.body, settings, scope, receive)
+            raw = await _read(operation.body, settings, scope, fields, receive)
             if raw or operation.body.required:
                 steps = operation.body.limit == "step"
                 error = InvalidStepDataError if steps else InvalidRequestError
@@ -293,14 +294,19 @@ def _open(body: Stream, settings: Settings, scope: Scope, receive: Receive) -> C
     return Content(scope, receive, limit)
 
 
-async def _read(body: Body, settings: Settings, scope: Scope, receive: Receive) -> bytes:
-    """Read a body no larger than it may be; one that says it is larger is not read at all."""
+async def _read(
+    body: Body, settings: Settings, scope: Scope, fields: Mapping[bytes, bytes], receive: Receive
+) -> bytes:
+    """Read a body no larger than it may be; one that says it is larger is not read at all.
+
+    `fields` are the headers by their names; those that come twice are looked up in the scope.
+    """
     limit = settings.max_step_bytes if body.limit == "step" else OTHER_BODY_BYTES
-    fields = dict(scope["headers"])
     length = fields.get(b"content-length", b"")
     is_usual = (
         fields.get(b"content-type") == b"application/json"
-        and not (b"transfer-encoding" in fields or b"content-encoding" in fields)
+        and b"transfer-encoding" not in fields
+        and b"content-encoding" not in fields
         and len(fields) == len(scope["headers"])
     )
     if not is_usual and (body.required or b"transfer-encoding" in fields or length.strip(b"0")):

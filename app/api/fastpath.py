@@ -24,7 +24,7 @@ from app.api.access import AccessMiddleware
 from app.api.calls import Reply
 from app.api.dispatch import Resource
 from app.api.headers import describe_limits, is_request_id
-from app.api.middleware import STANDINGS, is_stopping
+from app.api.middleware import FIELDS, STANDINGS, is_stopping
 from app.api.problems import CLIENT_CLOSED, explain
 from app.api.streaming import WHOLE
 from app.clock import monotonic_s
@@ -61,16 +61,16 @@ class FastPath:
         if path is None or found is None:
             await self.app(scope, receive, send)
             return
+        fields = dict(scope["headers"])
+        if len(fields) != len(scope["headers"]) or fields.get(b"origin") in self._origins:
+            # A header that comes twice, or a page of somebody else.
+            await self.app(scope, receive, send)
+            return
         begun_s = monotonic_s()
-        request_id = None
-        for name, value in scope["headers"]:
-            if name == b"x-request-id":
-                request_id = request_id or value.decode("latin-1")
-            elif name == b"origin" and value in self._origins:
-                await self.app(scope, receive, send)
-                return
-        if request_id is None or not is_request_id(request_id):
+        request_id = fields.get(b"x-request-id", b"").decode("latin-1")
+        if not request_id or not is_request_id(request_id):
             request_id = new_request_id()
+        scope[FIELDS] = fields
         route, endpoint = found
         scope["path_params"] = {"id": path[1]} if path[3] is None else {"id": path[1], "n": path[3]}
         context = RequestContext(request_id, begun_s + self._deadline_s)

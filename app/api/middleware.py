@@ -26,6 +26,9 @@ log = structlog.get_logger()
 ROUTE = "onboarding.route"
 """Where in the scope the dispatcher leaves the template of the route."""
 
+FIELDS = "onboarding.fields"
+"""Where a plain request has its headers by their names, of which none comes twice."""
+
 STANDINGS = "onboarding.standings"
 """Where it says how the caller stands with the limits, for the answer, whatever that will be."""
 

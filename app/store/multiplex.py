@@ -91,22 +91,26 @@ class SharedConnection:
         moves. Raises what the store answers; redis-py's ConnectionError and TimeoutError, after
         which nobody knows whether it was done; `TooFewReplicasError`, and `TooMuchAtOnceError`.
         """
-        row: list[Command] = [("ASKING",), *commands] if asking else commands
-        packed = b"".join([_pack(each) for each in row])
-        wire = self._wire
-        waiting, unsent = (0, 0) if wire is None else (len(wire.waiting), wire.unsent)
-        if (
-            waiting + len(self._queue) >= MOST_WAITING
-            or unsent + self._queued_bytes + len(packed) > MOST_BYTES
-        ):
+        if asking or len(commands) > 1:
+            commands = [("ASKING",), *commands] if asking else commands
+            packed = b"".join([_pack(each) for each in commands])
+        else:
+            packed = _pack(commands[0])
+        wire, queue = self._wire, self._queue
+        unsent, waiting = self._queued_bytes + len(packed), len(queue)
+        if wire is not None:
+            waiting += len(wire.waiting)
+            if wire.is_paused:
+                unsent += wire.unsent
+        if waiting >= MOST_WAITING or unsent > MOST_BYTES:
             raise TooMuchAtOnceError
         waiter = self._loop.create_future()
-        self._queue.append((waiter, packed, len(row)))
+        queue.append((waiter, packed, len(commands)))
         self._queued_bytes += len(packed)
         if not self._is_flush_due:
             self._flush_soon()
         answer = await waiter
-        callback = self._callbacks.get(commands[0][0])
+        callback = self._callbacks.get(commands[-1 if asking else 0][0])
         return answer if callback is None else callback(answer)
 
     def leave(self, opened_before_s: float) -> None:
@@ -241,7 +245,7 @@ class _Wire(asyncio.Protocol):
         self._flushes: deque[tuple[int, float]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._is_overdue = False
-        self._is_paused = False
+        self.is_paused = False
         self._is_leaving = False
         self._failure: Exception = LostConnectionError("The server closed the connection")
         self._transport: Any = self._writer.transport
@@ -249,8 +253,9 @@ class _Wire(asyncio.Protocol):
 
     @property
     def unsent(self) -> int:
-        """How many bytes wait to be sent; not looked up as long as they are few."""
-        return self._transport.get_write_buffer_size() if self._is_paused else 0
+        """How many bytes wait to be sent."""
+        size: int = self._transport.get_write_buffer_size()
+        return size
 
     def write(self, packed: list[bytes]) -> None:
         """Send what those wait for who were put into `waiting` just now."""
@@ -306,11 +311,11 @@ class _Wire(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Note that what is to be sent piles up."""
-        self._is_paused = True
+        self.is_paused = True
 
     def resume_writing(self) -> None:
         """Note that it is sent again."""
-        self._is_paused = False
+        self.is_paused = False
 
     def _look(self) -> None:
         """See whether the reply that is due next is overdue."""
