@@ -40,7 +40,8 @@ ARROWS: dict[str, set[str]] = {
     # On top: who puts it together, who makes the application, who serves it, who runs it all.
     "wiring": {"services", "store", "settings", *EVERYONES},
     "main": {"api", "wiring", "settings", "logs", *EVERYONES},
-    "server": {"api", *EVERYONES},
+    "server": {"protocol", *EVERYONES},
+    "protocol": {"api", *EVERYONES},
     "__main__": {"main", "server", "settings", "logs", "store", *EVERYONES},
     # Beside it: who talks to it over HTTP, from another process, and who shows how to generate.
     "client": {"services", "onboarding", "errors", "clock"},
