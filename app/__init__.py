@@ -27,7 +27,8 @@ finalize freezes them into an export; a generator turns the export into a docume
 What happens in a session is one log, written by the scripts that change it. A live stream is a
 place in that log: `store/subscription` hears on one connection that a log has grown, and the
 follower (`services/events`) reads on from its place. Nothing is passed on by memory, so nothing can
-be lost, come twice, or pile up for a slow reader.
+be lost, come twice, or pile up for a slow reader. While nothing happens, all that is left of a
+stream waits for its client to leave (`api/events`); one timer serves all of them.
 
 All sessions are listed, counted and chosen for removal from one index (`store/lua/index.lua`). The
 script that changes a session keeps it true in the same step; on a Cluster it follows within a

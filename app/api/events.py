@@ -3,13 +3,14 @@
 import asyncio
 import random
 from collections.abc import Sequence
+from contextvars import copy_context
 
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.calls import Call
 from app.api.operations import Answer, Operation
-from app.api.streaming import BEAT, EVENT_STREAM, Outlet, write_event
+from app.api.streaming import BEAT, EVENT_STREAM, EXTEND, REST, Outlet, write_event
 from app.clock import monotonic_s
 from app.errors import AccessError, NotTheirsError, OnboardingError
 from app.onboarding.access import Access
@@ -44,71 +45,116 @@ async def list_events(call: Call) -> ASGIApp:
 
 
 class EventStream:
-    """A stream of server-sent events, as long as its follower follows and its client listens."""
+    """A stream of server-sent events, as long as its follower follows and its client listens.
+
+    Nothing but that wait for the client to leave is left of it while nothing happens. What happens
+    is sent in turns: each looks at the log, writes, and is a task of its own but for the first.
+    """
+
+    __slots__ = (
+        *("_follower", "_access", "_principal", "_headers", "_context", "_outlet"),
+        *("_turn", "_is_in_turn", "_until_s", "_beat_s", "_look_again_s"),
+    )
 
     def __init__(self, follower: Follower, call: Call) -> None:
         self._follower = follower
-        self._call = call
+        self._access = call.services.access
+        self._principal = call.principal
+        self._headers = call.scope["headers"]
+        self._turn: asyncio.Task[None] | None = None
+        self._is_in_turn = True
+        now_s = monotonic_s()
+        self._until_s = now_s + OLDEST_S * random.uniform(0.9, 1.0)  # noqa: S311
+        self._look_again_s = now_s + BEAT_S
+        self._beat_s = _next_beat_s()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send what there is, wait for more, until either side ends it."""
+    async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Send the head, and leave the rest for later."""
         outlet = Outlet(scope, send)
-        leaving = asyncio.create_task(self._leave(receive))
         try:
             await outlet.begin(200, EVENT_STREAM)
-            if scope["method"] != "HEAD":
-                await self._stream(outlet)
-            await outlet.write(b"", more=False)
+            if scope["method"] == "HEAD":
+                await outlet.write(b"", more=False)
+                self._follower.close()
+                return
+        except BaseException:
+            self._follower.close()
+            raise
+        scope[REST] = self._go_on
+
+    async def _go_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what there is, wait for more, until either side ends it."""
+        self._outlet = Outlet(scope, send)
+        # There is no time limit any more, and all that it holds goes with it.
+        scope.pop(EXTEND, None)
+        try:
+            await self._outlet.write(_retry())
+            await self._take_turn()
+            # Whatever wakes it, a turn is a part of this request.
+            self._context = copy_context()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self._follower.leave()
+            if self._turn is not None:
+                # It sees that nobody listens, or has failed.
+                await self._turn
         finally:
-            leaving.cancel()
+            if self._turn is not None:
+                self._turn.cancel()
             self._follower.close()
 
-    async def _stream(self, outlet: Outlet) -> None:
-        follower = self._follower
-        until_s = monotonic_s() + OLDEST_S * random.uniform(0.9, 1.0)  # noqa: S311
-        look_again_s = monotonic_s() + BEAT_S
-        await outlet.write(_retry())
-        was_woken = True
-        while True:
-            if monotonic_s() >= look_again_s:
-                look_again_s += BEAT_S
-                if not await self._may_go_on():
-                    return
-            messages = await follower.look()
-            if messages:
-                await outlet.write(_write(messages))
-            elif not was_woken:
-                await outlet.write(BEAT)
-            left_s = until_s - monotonic_s()
-            if left_s <= 0:
-                await outlet.write(_retry())
+    def _wake(self) -> None:
+        """Begin a turn, unless one goes on: that sees what is new before it ends."""
+        if not self._is_in_turn:
+            self._is_in_turn = True
+            self._turn = asyncio.create_task(self._take_turn(), context=self._context)
+
+    async def _take_turn(self) -> None:
+        """Send what is new, a sign of life when that is due, and the end when it is over."""
+        try:
+            await self._send_news()
+            while self._follower.has_news and not self._follower.is_over:
+                await self._send_news()
+            if self._follower.is_over:
+                await self._outlet.write(b"", more=False)
                 return
-            if not follower.is_over:
-                # At random, or all who came back together would beat together.
-                beat_s = BEAT_S * random.uniform(0.7, 1.0)  # noqa: S311
-                was_woken = await follower.wait(min(beat_s, left_s))
-            if follower.is_over:
+        except BaseException:
+            # By this whoever waits for the client to leave hears of it.
+            self._outlet.abort()
+            raise
+        self._follower.listen(self._wake, min(self._beat_s, self._until_s) - monotonic_s())
+        self._turn, self._is_in_turn = None, False
+
+    async def _send_news(self) -> None:
+        follower, outlet = self._follower, self._outlet
+        if monotonic_s() >= self._look_again_s:
+            self._look_again_s += BEAT_S
+            if not await self._may_go_on():
+                follower.leave()
                 return
+        messages = await follower.look()
+        if messages:
+            await outlet.write(_write(messages))
+            self._beat_s = _next_beat_s()
+        elif monotonic_s() >= self._beat_s:
+            await outlet.write(BEAT)
+            self._beat_s = _next_beat_s()
+        if monotonic_s() >= self._until_s and not follower.is_over:
+            await outlet.write(_retry())
+            follower.leave()
 
     async def _may_go_on(self) -> bool:
         """Say whether whoever follows may still: what they showed may be good no more."""
-        access, session_id = self._call.services.access, self._call.session_id
         try:
-            principal = await access.identify(self._call.scope["headers"])
-            await access.check_session(principal, session_id)
+            principal = await self._access.identify(self._headers)
+            await self._access.check_session(principal, self._follower.session_id)
         except (AccessError, NotTheirsError):
             return False
         except OnboardingError:
             # A store that is away is no reason to send anybody away; a session that is gone ends
             # the stream by itself.
             return True
-        return principal == self._call.principal
-
-    async def _leave(self, receive: Receive) -> None:
-        """Wait until the client goes away."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._follower.leave()
+        return principal == self._principal
 
 
 async def stream_events(call: Call) -> EventStream:
@@ -121,6 +167,11 @@ def _write(messages: Sequence[Message]) -> bytes:
     return b"".join(
         write_event(each.kind, orjson.dumps(each.data), each.event_id) for each in messages
     )
+
+
+def _next_beat_s() -> float:
+    # At random, or all who came back together would beat together.
+    return monotonic_s() + BEAT_S * random.uniform(0.7, 1.0)  # noqa: S311
 
 
 def _retry() -> bytes:

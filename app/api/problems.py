@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.streaming import REST
 from app.context import get_context
 from app.errors import (
     CorruptRecordError,
@@ -142,7 +143,7 @@ async def describe_http_exception(request: Request, error: Exception) -> Respons
 
 
 class ProblemMiddleware:
-    """Turns errors into answers."""
+    """Turns errors into answers, and sends the rest of an answer that leaves it for later."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -161,6 +162,9 @@ class ProblemMiddleware:
 
         try:
             await self.app(scope, receive, watch)
+            rest: ASGIApp | None = scope.pop(REST, None)
+            if rest is not None:
+                await rest(scope, receive, watch)
         except ClientDisconnect:
             # Nobody is left to answer; the log line says 499.
             raise

@@ -25,6 +25,11 @@ EXTEND = "onboarding.extend"
 """Where in the scope lies a function that begins the time limit of the request anew, and returns
 it in seconds."""
 
+REST = "onboarding.rest"
+"""Where in the scope an answer that has begun may leave an application that sends the rest of it.
+That is called when all has returned that stood around the beginning: a stream goes on for an hour,
+and what surrounds a request would be a third of the memory that it takes."""
+
 ABORT = "onboarding.abort"
 """Where the server leaves a function that closes the connection at once."""
 
@@ -88,6 +93,8 @@ class Content:
 class Outlet:
     """The way out of an answer that is sent piece by piece."""
 
+    __slots__ = ("_scope", "_send")
+
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
         self._send = send
@@ -114,13 +121,18 @@ class Outlet:
 
     async def cut_off(self) -> NoReturn:
         """Close the connection, so that nobody takes what was sent for the whole."""
-        abort = self._scope.get(ABORT)
-        if abort is not None:
-            abort()
+        if self.abort():
             # The server hears of it in a moment, and need not wonder why the answer has no end.
             for _ in range(2):
                 await asyncio.sleep(0)
         raise CutOffError
+
+    def abort(self) -> bool:
+        """Close the connection at once, and say whether the server can do that."""
+        abort = self._scope.get(ABORT)
+        if abort is not None:
+            abort()
+        return abort is not None
 
     async def _pass(self, message: Message) -> None:
         try:

@@ -7,10 +7,12 @@ memory, so nothing can be lost or come twice.
 
 import asyncio
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any, NamedTuple
 
-from app.clock import now_ms, rfc3339
+from app.clock import monotonic_s, now_ms, rfc3339
 from app.errors import (
     CorruptRecordError,
     InvalidRequestError,
@@ -52,6 +54,9 @@ LOOK_S = 1.0
 TRY_AGAIN_S = 1.0
 """Longest wait before the log is read again when the store could not be asked, in seconds."""
 
+NEVER_S = float("inf")
+"""The time of an alarm that is not set."""
+
 
 class StreamLimits(NamedTuple):
     """How many may follow at once: in this process, and of these one session."""
@@ -80,6 +85,7 @@ class EventService:
         self._subscription = subscription
         self._limits = limits
         self._reading = asyncio.Semaphore(READERS)
+        self._alarms = _Alarms()
         self._followers: set[Follower] = set()
         self._per_session: Counter[str] = Counter()
         self.stopping = False
@@ -122,7 +128,8 @@ class EventService:
             raise TooManyStreamsError("the service")
         if self._per_session[session_id] >= self._limits.per_session:
             raise TooManyStreamsError("a session")
-        follower = Follower(self, session_id, self._keys.session(session_id).events)
+        channel = self._keys.session(session_id).events
+        follower = Follower(self, self._alarms, session_id, channel)
         self._followers.add(follower)
         self._per_session[session_id] += 1
         try:
@@ -143,6 +150,8 @@ class EventService:
         if not self._per_session[follower.session_id]:
             del self._per_session[follower.session_id]
         self._subscription.remove(follower.channel, follower.hear)
+        if not self._followers:
+            self._alarms.clear()
 
     @property
     def followers(self) -> int:
@@ -171,24 +180,31 @@ class EventService:
 
 
 class Follower:
-    """Somebody who follows a session: a place in its log, and what wakes them.
+    """Somebody who follows a session: a place in its log, and whom to wake when it may have grown.
 
-    Call `look` for what is new and `wait` until there may be more, until it `is_over`.
+    Call `look` for what is new: when `listen` says so, and again while it `has_news`, until it
+    `is_over`. There may be thousands, who mostly wait: none has a task or a timer to itself.
     """
 
     __slots__ = (
-        *("session_id", "channel", "is_over", "_service", "_place", "_first"),
-        *("_woken", "_deleted", "_failed"),
+        *("session_id", "channel", "is_over", "has_news", "due_s", "alarm_s"),
+        *("_service", "_alarms", "_place", "_first", "_wake", "_deleted", "_failed"),
     )
 
-    def __init__(self, service: EventService, session_id: str, channel: str) -> None:
+    def __init__(
+        self, service: EventService, alarms: "_Alarms", session_id: str, channel: str
+    ) -> None:
         self.session_id = session_id
         self.channel = channel
         self.is_over = False
+        self.has_news = False
+        # Kept by the alarms: when it is to be woken, and when they look at it next.
+        self.due_s = self.alarm_s = NEVER_S
         self._service = service
+        self._alarms = alarms
         self._place = BEFORE_ALL
-        self._first: list[Message] = []
-        self._woken = asyncio.Event()
+        self._first: Sequence[Message] = ()
+        self._wake: Callable[[], None] | None = None
         self._deleted = b""
         self._failed = False
 
@@ -204,8 +220,8 @@ class Follower:
 
     async def look(self) -> list[Message]:
         """Return what is new, in order; nothing when nothing is."""
-        self._woken.clear()
-        messages, self._first, self._failed = self._first, [], False
+        messages = [*self._first]
+        self._first, self._failed, self.has_news = (), False, False
         try:
             if self._service.stopping:
                 messages.append(self._end("bye", None, {"type": "bye", "reason": "stopping"}))
@@ -225,36 +241,40 @@ class Follower:
             self._failed = True
         return messages
 
-    async def wait(self, limit_s: float) -> bool:
-        """Wait until there may be something new, `limit_s` seconds at most; say whether it is so.
+    def listen(self, wake: Callable[[], None], limit_s: float) -> None:
+        """Have `wake` called when there may be something new, and after `limit_s` at the latest.
 
-        When it is not, look all the same: the store may have said so, and nobody heard it.
+        Look then, in both cases: the store may have said that there is, and nobody heard it.
         """
         if self._failed:
             limit_s = min(limit_s, TRY_AGAIN_S)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
-                return await self._woken.wait()
-        return False
+        self._wake = wake
+        self._alarms.set(self, monotonic_s() + limit_s)
 
     def hear(self, said: bytes) -> None:
         """Take what the store says about the log."""
         if said.startswith(b"deleted "):
             self._deleted = said
-        self._woken.set()
+        self.wake()
 
     def wake(self) -> None:
-        """End a wait."""
-        self._woken.set()
+        """Say that there may be something new."""
+        self.has_news = True
+        self.ring()
+
+    def ring(self) -> None:
+        """Call whoever listens."""
+        if self._wake is not None:
+            self._wake()
 
     def leave(self) -> None:
         """Say that nobody listens any more."""
         self.is_over = True
-        self._woken.set()
 
     def close(self) -> None:
         """Follow no more."""
         self.is_over = True
+        self._wake = None
         self._service.release(self)
 
     async def _read_on(self) -> list[Message]:
@@ -264,7 +284,7 @@ class Follower:
         if events:
             self._place = parse_event_id(events[-1]["id"]) or self._place
         if len(events) == EVENTS_AT_ONCE:
-            self._woken.set()
+            self.has_news = True
         return [Message(event["type"], event["id"], event) for event in events]
 
     def _show(self, scene: Scene, *, gap: bool) -> Message:
@@ -281,6 +301,54 @@ class Follower:
     def _end(self, kind: str, event_id: str | None, data: Any) -> Message:
         self.is_over = True
         return Message(kind, event_id, data)
+
+
+class _Alarms:
+    """Wakes followers when their time has come, by one timer for all.
+
+    A timer each would be more than the rest of what a follower takes. There is one entry for each
+    at most that still counts; one whose time was put off is looked at, and put off too.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, int, Follower]] = []
+        self._numbers = count()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, follower: Follower, at_s: float) -> None:
+        """Wake a follower then, and not when it was said before."""
+        follower.due_s = at_s
+        if at_s < follower.alarm_s:
+            follower.alarm_s = at_s
+            heappush(self._entries, (at_s, next(self._numbers), follower))
+            if self._entries[0][2] is follower:
+                self._wind()
+
+    def clear(self) -> None:
+        """Wake nobody."""
+        self._entries.clear()
+        self._wind()
+
+    def _wind(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._entries:
+            wait_s = max(0.0, self._entries[0][0] - monotonic_s())
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring)
+
+    def _ring(self) -> None:
+        now_s = monotonic_s()
+        while self._entries and self._entries[0][0] <= now_s:
+            at_s, _, follower = heappop(self._entries)
+            if follower.is_over or follower.alarm_s != at_s:
+                continue
+            follower.alarm_s = NEVER_S
+            if follower.due_s > now_s:
+                self.set(follower, follower.due_s)
+            else:
+                follower.ring()
+        self._wind()
 
 
 def _snapshot(session_id: str, scene: Scene, *, event_id: str | None, gap: bool) -> Message:

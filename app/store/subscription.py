@@ -6,7 +6,7 @@ something to read; the log itself is what counts, so a lost message delays, and 
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -39,8 +39,18 @@ first channel, and would not notice that a connection without one is lost."""
 
 @dataclass(slots=True, eq=False)
 class _Channel:
-    listeners: set[Listener] = field(default_factory=set)
-    confirmed: asyncio.Event = field(default_factory=asyncio.Event)
+    """`confirming` is there only while somebody waits: it takes as much as all the rest."""
+
+    listeners: tuple[Listener, ...] = ()
+    is_confirmed: bool = False
+    confirming: asyncio.Event | None = None
+
+    def confirm(self) -> None:
+        """Note that whatever is published from now on is heard."""
+        self.is_confirmed = True
+        if self.confirming is not None:
+            self.confirming.set()
+            self.confirming = None
 
 
 class Subscription:
@@ -69,15 +79,16 @@ class Subscription:
         Raises `StoreUnavailableError` when the store does not confirm that in time.
         """
         channel = self._channels.setdefault(name, _Channel())
-        channel.listeners.add(listener)
+        channel.listeners += (listener,)
         if self._reader is None:
             self._reader = asyncio.create_task(self._read_on(), name="subscription")
         try:
-            async with asyncio.timeout(CONFIRMED_WITHIN_S):
-                if not channel.confirmed.is_set():
+            if not channel.is_confirmed:
+                confirming = channel.confirming = channel.confirming or asyncio.Event()
+                async with asyncio.timeout(CONFIRMED_WITHIN_S):
                     # Also when it is not the first listener, whose word may have been cut short.
                     await self._send(name, wanted=True)
-                await channel.confirmed.wait()
+                    await confirming.wait()
         except BaseException as failure:
             self.remove(name, listener)
             if isinstance(failure, TimeoutError):
@@ -89,7 +100,7 @@ class Subscription:
         channel = self._channels.get(name)
         if channel is None:
             return
-        channel.listeners.discard(listener)
+        channel.listeners = tuple(each for each in channel.listeners if each != listener)
         if not channel.listeners:
             del self._channels[name]
             telling = asyncio.create_task(self._send(name, wanted=False), name="unsubscribe")
@@ -124,7 +135,7 @@ class Subscription:
             try:
                 await self._read()
             except Exception as failure:  # noqa: BLE001 - whatever it was, the next one may hold
-                if any(channel.confirmed.is_set() for channel in self._channels.values()):
+                if any(channel.is_confirmed for channel in self._channels.values()):
                     failures = 0
                 fault = judge(failure)
                 kind = fault.kind if fault else type(failure).__name__
@@ -132,7 +143,7 @@ class Subscription:
                     # Once for each outage.
                     log.warning("subscription_lost", fault=kind)
             for channel in self._channels.values():
-                channel.confirmed.clear()
+                channel.is_confirmed = False
             await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
             failures += 1
 
@@ -171,12 +182,12 @@ class Subscription:
             return
         text = b""
         if message["type"] == "subscribe":
-            channel.confirmed.set()
+            channel.confirm()
         elif message["type"] == "message":
             text = message["data"]
         else:
             return
-        for listener in tuple(channel.listeners):
+        for listener in channel.listeners:
             listener(text)
 
 

@@ -304,6 +304,42 @@ async def test_a_silent_session_sends_comments(
     assert [event.type for event in await stream.receive_many(2)] == ["snapshot", "progress"]
 
 
+async def test_comments_come_though_the_store_says_again_and_again_what_is_not_new(
+    monkeypatch: pytest.MonkeyPatch,
+    api: AsyncClient,
+    raw: Redis,
+    session_id: str,
+    open_stream: Open,
+) -> None:
+    monkeypatch.setattr("app.api.events.BEAT_S", 0.1)
+    stream = await open_stream(api, session_id)
+    waiting = asyncio.create_task(stream.wait_for_comments(3, limit_s=5))
+    while not waiting.done():
+        await raw.publish(f"onboarding:{session_id}:events", "recorded")
+        await asyncio.sleep(0.01)
+    await waiting
+
+
+async def test_every_stream_has_comments_of_its_own_whoever_comes_and_goes(
+    monkeypatch: pytest.MonkeyPatch, api: AsyncClient, open_stream: Open
+) -> None:
+    monkeypatch.setattr("app.api.events.BEAT_S", 0.6)
+    slow = await open_stream(api, await create(api))
+    await slow.receive()
+    monkeypatch.setattr("app.api.events.BEAT_S", 0.05)
+    streams = []
+    for number in range(12):
+        streams.append(await open_stream(api, await create(api)))
+        if number % 3 == 0:
+            streams.pop(0).close()
+    for stream in streams:
+        await stream.wait_for_comments(2)
+    for stream in streams:
+        stream.close()
+    # Its time came after theirs, and was not lost with them.
+    await slow.wait_for_comments(2, limit_s=5)
+
+
 async def test_a_stream_says_when_to_come_back_as_it_begins(
     api: AsyncClient, session_id: str, open_stream: Open
 ) -> None:

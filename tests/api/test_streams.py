@@ -17,6 +17,7 @@ from app.api.events import BEAT_S
 from app.services.manager import make_manager
 from app.settings import Settings
 from app.store.connect import connect
+from tests.api.conftest import Log
 from tests.api.helpers import (
     DELETE_SESSION,
     DELETE_STEP,
@@ -194,6 +195,36 @@ async def test_a_log_that_is_damaged_meanwhile_ends_the_stream(
 
     assert [event.type for event in await stream.receive_all()] == ["snapshot"]
     assert stream.is_whole
+
+
+@pytest.mark.parametrize("last_event_id", [None, "0"])
+async def test_a_stream_that_cannot_be_sent_on_is_cut_off_so_that_nobody_waits_for_more(
+    serve: Callable[..., Any],
+    raw: Redis,
+    session_id: str,
+    log: Log,
+    last_event_id: str | None,
+) -> None:
+    api: AsyncClient = await serve(max_streams=1)
+    key = f"onboarding:{session_id}:events"
+    # No number that JSON takes here.
+    event = ("type", "progress", "at", 1, "stage", "x", "progress", 10**30)
+    if last_event_id:
+        await ask(raw, "XADD", key, "*", *event)
+    async with following(api.base_url, session_id, last_event_id=last_event_id) as stream:
+        if not last_event_id:
+            await stream.receive()
+            await ask(raw, "XADD", key, "*", *event)
+            await raw.publish(key, "recorded")
+        await stream.receive_all()
+        assert not stream.is_whole
+    # It has left no place behind.
+    async with asyncio.timeout(5):
+        while (await api.head(f"{BASE}/{session_id}/events/stream")).status_code != 200:
+            await asyncio.sleep(0.005)
+    assert [line["exception"] for line in log.lines() if line["event"] == "request_crashed"] == [
+        "TypeError",
+    ]
 
 
 # --- What happens ---------------------------------------------------------------------------------

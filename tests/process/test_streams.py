@@ -163,7 +163,7 @@ async def test_bye_does_not_wait_for_a_store_that_hangs(
             assert await asyncio.to_thread(service.wait_for_exit, 5.0) == 0
 
 
-async def test_an_idle_stream_takes_forty_kilobytes_at_most(start: StartService) -> None:
+async def test_an_idle_stream_takes_twenty_kilobytes_at_most(start: StartService) -> None:
     service = start(ONBOARDING_DRAIN_S="0").wait_until_it_answers()
     url, count = service.url, 300
     with service.client() as client:
@@ -181,7 +181,7 @@ async def test_an_idle_stream_takes_forty_kilobytes_at_most(start: StartService)
         await follow(stack, sessions[count:])
         each = (resident_bytes(service.pid) - before) / count
 
-    assert each <= 40 * 1024
+    assert each <= 20_000
 
 
 def resident_bytes(pid: int) -> int:
