@@ -126,11 +126,12 @@ def _announcing(
     delay_s: float,
 ) -> Callable[[int, FrameType | None], None]:
     def drain(number: int, frame: FrameType | None) -> None:
-        # A signal may come in the middle of anything; the loop does it between two things.
+        # A signal may come in the middle of anything, a line of the log too; the loop does it
+        # between two things.
         loop.call_soon_threadsafe(announce)
         if delay_s or number == signal.SIGTERM:
             loop.call_soon_threadsafe(loop.call_later, delay_s, stop, number, frame)
-            log.info("drain_started", drain_s=delay_s)
+            loop.call_soon_threadsafe(lambda: log.info("drain_started", drain_s=delay_s))
         else:
             stop(number, frame)
 
