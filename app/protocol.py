@@ -50,7 +50,12 @@ class Protocol(HttpToolsProtocol):
     # Slots: uvicorn's own attributes are as many as instances share the names of, and with one more
     # each connection would have a dictionary to itself, of 1.5 KB.
     __slots__ = (
-        *("_direct_app", "_head_bytes", "_idle_since_s", "_in_head", "_is_special", "_refused"),
+        "_direct_app",
+        "_head_bytes",
+        "_idle_since_s",
+        "_in_head",
+        "_is_special",
+        "_refused",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
