@@ -51,17 +51,13 @@ def configure_logging(level: str, style: Literal["json", "console"] | None) -> N
 def add_context(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
     """Put what every line has first: time, level, event, request."""
     context = get_context()
-    line: dict[str, Any] = {
-        "timestamp": rfc3339(now_ms()),
-        "level": level,
-        "event": event.pop("event"),
-    }
+    head: EventDict = {"timestamp": rfc3339(now_ms()), "level": level, "event": event["event"]}
     if context is not None:
-        line["request_id"] = context.request_id
+        head["request_id"] = context.request_id
         if context.session_id is not None:
-            line["session_id"] = context.session_id
-    line.update(event)
-    return line
+            head["session_id"] = context.session_id
+    # What it begins with stands first, wherever the event has it.
+    return {**head, **event}
 
 
 def orjson_renderer(_: WrappedLogger, __: str, event: EventDict) -> bytes:
@@ -85,8 +81,7 @@ def _logger_class(threshold: int) -> type[FilteringBoundLogger]:
 
 def _teller(level: str) -> Callable[..., None]:
     def tell(self: Any, event: str, **fields: Any) -> None:
-        fields["event"] = event
-        line: Any = fields
+        line: Any = {"event": event, **fields}
         try:
             for process in self._processors:
                 line = process(self._logger, level, line)

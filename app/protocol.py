@@ -9,6 +9,7 @@ way, and so do pipelining, flow control and the end of a connection.
 
 import asyncio
 import re
+from functools import partial
 from typing import Any
 
 import structlog
@@ -253,7 +254,12 @@ class Cycle(RequestResponseCycle):
     async def run(self, app: Any) -> None:
         """Serve the request."""
         try:
-            await self.run_asgi(app)
+            await app(self.scope, self.receive, self.send)
+            if not self.response_complete:
+                # What an application may not do, uvicorn knows how to end.
+                await self.run_asgi(_give_up)
+        except BaseException as failure:  # noqa: BLE001 - as uvicorn does
+            await self.run_asgi(partial(_raise, failure))
         finally:
             self._tasks.discard(self.task)
             # It leads back here: a circle would be left for the garbage collector.
@@ -289,6 +295,15 @@ class Cycle(RequestResponseCycle):
         if not self.keep_alive:
             self.transport.close()
         self.on_response()
+
+
+async def _give_up(*_: object) -> None:
+    """End without more to say."""
+
+
+async def _raise(failure: BaseException, *_: object) -> None:
+    """Say what went wrong to who runs an application."""
+    raise failure
 
 
 _SPECIAL = frozenset(

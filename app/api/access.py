@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.middleware import STANDINGS
+from app.api.middleware import FIELDS, STANDINGS
 from app.api.operations import Operation
 from app.context import get_context
 from app.errors import (
@@ -65,10 +65,15 @@ class AccessMiddleware:
         if self._operation.at_once == "requests":
             services.in_flight.check()
         principal, refusal = NOBODY, None
+        fields: dict[bytes, bytes] | None = scope.get(FIELDS)
+        bearer = b"" if fields is None else fields.get(b"authorization")
         if access is not Access.OPEN:
             try:
                 # Who is refused is refused once they have been counted.
-                found = services.access.recognise(scope["headers"])
+                if bearer and fields and b"x-api-key" not in fields:
+                    found = services.access.recognise_shown(b"authorization", bearer)
+                else:
+                    found = services.access.recognise(scope["headers"])
                 if not isinstance(found, Principal):
                     found = await services.access.verify(found)
                 principal = found
@@ -76,7 +81,11 @@ class AccessMiddleware:
                 refusal = failure
         context = get_context()
         if context is not None:
-            context.principal, context.session_id = principal, _session_of(scope)
+            context.principal = principal
+            # The path of a plain request is known to name one.
+            context.session_id = (
+                _session_of(scope) if fields is None else scope["path_params"]["id"]
+            )
         limiter = services.limiter
         caller = principal.identity or caller_of_address((scope.get("client") or (None,))[0])
         try:

@@ -155,19 +155,26 @@ class Call:
         raise InvalidRequestError(f"Not acceptable: {names}", faults)
 
     def answer(
-        self, content: object, status: int = 200, headers: dict[str, str] | None = None
-    ) -> "Reply":
-        """Answer with a document, or with anything that becomes JSON."""
+        self,
+        content: object,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        *,
+        etag: str | None = None,
+    ) -> Reply:
+        """Answer with a document, or with anything that becomes JSON; `etag` without its quotes."""
         body = content.text if isinstance(content, Document) else orjson.dumps(content)
         extra: Sequence[tuple[bytes, bytes]] = ()
+        if etag is not None:
+            extra = ((b"etag", b'"%b"' % etag.encode()),)
         if headers:
-            extra = [
-                (name.encode("latin-1"), text.encode("latin-1")) for name, text in headers.items()
-            ]
+            more = [(name.encode(), text.encode("latin-1")) for name, text in headers.items()]
+            extra = [*extra, *more]
         if self.idempotent is not None and self.idempotent.replayed:
             extra = [*extra, (b"idempotent-replayed", b"true")]
         return Reply(status, body, extra)
 
     def not_modified(self, etag: str) -> Response:
-        """Answer that the client has what it asks for."""
-        return Response(status_code=304, headers={"cache-control": "no-store", "etag": etag})
+        """Answer that the client has what it asks for; `etag` without its quotes."""
+        headers = {"cache-control": "no-store", "etag": f'"{etag}"'}
+        return Response(status_code=304, headers=headers)

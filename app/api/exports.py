@@ -32,10 +32,9 @@ async def get_export(call: Call) -> ASGIApp:
     export = await call.manager.get_export(call.session_id)
     if export is None:
         raise ExportNotFoundError
-    etag = f'"{export.checksum}"'
     if call.if_none_match is not None and call.if_none_match.match_weakly(export.checksum):
-        return call.not_modified(etag)
-    return call.answer(export, headers={"etag": etag})
+        return call.not_modified(export.checksum)
+    return call.answer(export, etag=export.checksum)
 
 
 OPERATIONS = [

@@ -45,6 +45,7 @@ class FastPath:
         self, app: ASGIApp, routes: Iterable[Route], *, deadline_s: float, origins: Sequence[str]
     ) -> None:
         self.app = app
+        self._log = log.bind()
         self._deadline_s = deadline_s
         self._origins = frozenset(origin.encode() for origin in origins)
         self._endpoints = dict(_plain_endpoints(routes))
@@ -76,39 +77,13 @@ class FastPath:
         context = RequestContext(request_id, begun_s + self._deadline_s)
         # The server made a task for this request, so its context is nobody else's.
         set_context(context)
-        reply = await self._answer(endpoint, scope, receive, context.deadline_s)
-        answered_s, status = monotonic_s(), CLIENT_CLOSED
-        if reply is not None:
-            status, head, body = reply
-            more = f"x-request-id: {request_id}\r\n"
-            if STANDINGS in scope:
-                more += describe_limits(scope[STANDINGS])
-            if is_stopping(scope):
-                more += "connection: close\r\n"
-            await scope[WHOLE](status, head + more.encode(), body)
-        method = scope["method"]
-        count_request(route, method, status, answered_s - begun_s)
-        log.info(
-            "request_served",
-            method=method,
-            route=route,
-            status=status,
-            duration_ms=round((monotonic_s() - begun_s) * 1000, 2),
-            redis_commands=context.meter.commands,
-            retries=context.meter.retries,
-            principal=context.principal.label,
-        )
-
-    async def _answer(
-        self, endpoint: AccessMiddleware, scope: Scope, receive: Receive, deadline_s: float
-    ) -> tuple[int, bytes, bytes] | None:
-        """Give the status, head and body of the answer; None when nobody is left to take it."""
         task: Any = asyncio.current_task()
-        self._running[task] = deadline_s
+        self._running[task] = context.deadline_s
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+        reply: Any = None
         try:
-            reply: Any = await endpoint.reply(scope, receive)
+            reply = await endpoint.reply(scope, receive)
         except asyncio.CancelledError:
             if task not in self._overdue:
                 raise
@@ -116,15 +91,35 @@ class FastPath:
             task.uncancel()
             reply = explain(scope, DeadlineExceededError())
         except ClientDisconnect:
-            return None
+            pass  # Nobody is left to answer.
         except Exception as failure:  # noqa: BLE001 - the last resort, so that nobody sees a stack
             reply = explain(scope, failure)
         finally:
             del self._running[task]
-        if type(reply) is Reply:
-            return reply.status, reply.head, reply.body
-        head = b"".join([b"%b: %b\r\n" % pair for pair in reply.raw_headers])
-        return reply.status_code, head, reply.body
+        answered_s, status = monotonic_s(), CLIENT_CLOSED
+        if reply is not None:
+            more = f"x-request-id: {request_id}\r\n"
+            if STANDINGS in scope:
+                more += describe_limits(scope[STANDINGS])
+            if is_stopping(scope):
+                more += "connection: close\r\n"
+            if type(reply) is Reply:
+                status, head = reply.status, reply.head
+            else:
+                status = reply.status_code
+                head = b"".join([b"%b: %b\r\n" % pair for pair in reply.raw_headers])
+            await scope[WHOLE](status, head + more.encode(), reply.body)
+        count_request(route, scope["method"], status, answered_s - begun_s)
+        self._log.info(
+            "request_served",
+            method=scope["method"],
+            route=route,
+            status=status,
+            duration_ms=round((monotonic_s() - begun_s) * 1000, 2),
+            redis_commands=context.meter.commands,
+            retries=context.meter.retries,
+            principal=context.principal.label,
+        )
 
     def _look(self) -> None:
         """Give up on requests whose time is over."""

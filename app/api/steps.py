@@ -25,7 +25,7 @@ async def save_step(call: Call) -> ASGIApp:
         precondition=call.precondition,
         request=call.idempotent,
     )
-    return call.answer(saved, headers=_etag(saved["version"]))
+    return call.answer(saved, etag=str(saved["version"]))
 
 
 async def patch_step(call: Call) -> ASGIApp:
@@ -37,7 +37,7 @@ async def patch_step(call: Call) -> ASGIApp:
         precondition=call.precondition,
         request=call.idempotent,
     )
-    return call.answer(saved, headers=_etag(saved["version"]))
+    return call.answer(saved, etag=str(saved["version"]))
 
 
 async def get_step(call: Call) -> ASGIApp:
@@ -45,10 +45,10 @@ async def get_step(call: Call) -> ASGIApp:
     step = await call.manager.get_step(call.session_id, call.step_id)
     if step is None:
         raise StepNotFoundError(call.step_id)
-    etag = _etag(step.version)
-    if call.if_none_match is not None and call.if_none_match.match_weakly(str(step.version)):
-        return call.not_modified(etag["etag"])
-    return call.answer(step, headers=etag)
+    etag = str(step.version)
+    if call.if_none_match is not None and call.if_none_match.match_weakly(etag):
+        return call.not_modified(etag)
+    return call.answer(step, etag=etag)
 
 
 async def delete_step(call: Call) -> ASGIApp:
@@ -114,11 +114,7 @@ async def promote_draft(call: Call) -> ASGIApp:
         precondition=call.precondition,
         request=call.idempotent,
     )
-    return call.answer(saved, headers=_etag(saved["version"]))
-
-
-def _etag(version: int | None) -> dict[str, str]:
-    return {"etag": f'"{version}"'}
+    return call.answer(saved, etag=str(saved["version"]))
 
 
 def _numbered(steps: Document) -> dict[int, Document]:

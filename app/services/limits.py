@@ -80,9 +80,14 @@ class _Allowance:
 
     def spend_held(self, caller: str) -> Standing | None:
         """Spend a token that this process holds; None when it holds none."""
-        purse = self._purse_of(caller)
+        purse = self._purses.get(caller)
+        if purse is None or not purse.held:
+            return None
         now_s = monotonic_s()
-        return self._use(purse, now_s) if purse.held and now_s < purse.good_until_s else None
+        if now_s >= purse.good_until_s:
+            return None
+        self._purses.move_to_end(caller)
+        return self._use(purse, now_s)
 
     async def spend(self, caller: str) -> Standing | None:
         """Spend one token; None when it is not known whether there is one.
@@ -112,7 +117,7 @@ class _Allowance:
     def check(self, caller: str) -> None:
         """Raise `RateLimitedError` for a caller of whom it is known that there is no token."""
         purse = self._purses.get(caller)
-        if purse is not None:
+        if purse is not None and purse.refused_until_s:
             self._check(purse, monotonic_s())
 
     def _purse_of(self, caller: str) -> _Purse:
