@@ -9,7 +9,7 @@ way, and so do pipelining, flow control and the end of a connection.
 
 import asyncio
 import re
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import structlog
@@ -285,7 +285,7 @@ class Cycle(RequestResponseCycle):
             self.keep_alive = False
         elif not self.keep_alive:
             head += b"connection: close\r\n"
-        date = b"".join([b"%b: %b\r\n" % pair for pair in self.default_headers])
+        date = _write_headers(*self.default_headers)
         self.response_started = self.response_complete = True
         if len(body) < COPIED_BYTES:
             self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], date, head, body))
@@ -295,6 +295,12 @@ class Cycle(RequestResponseCycle):
         if not self.keep_alive:
             self.transport.close()
         self.on_response()
+
+
+@lru_cache(maxsize=8)
+def _write_headers(*headers: tuple[bytes, bytes]) -> bytes:
+    """Write headers as they are sent: those that uvicorn has anew every second."""
+    return b"".join([b"%b: %b\r\n" % pair for pair in headers])
 
 
 async def _give_up(*_: object) -> None:

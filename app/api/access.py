@@ -1,9 +1,9 @@
 """Who may call what: asked once per request, before anything of it is looked at."""
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, cast
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from app.api.middleware import FIELDS, STANDINGS
 from app.api.operations import Operation
@@ -28,8 +28,6 @@ from app.wiring import AppState
 if TYPE_CHECKING:
     from app.api.dispatch import Endpoint
 
-T = TypeVar("T")
-
 
 class AccessMiddleware:
     """Lets a request through to its operation when whoever sent it may, as often as they may.
@@ -51,16 +49,16 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        await self._let_through(scope, lambda: self.app(scope, receive, send))
+        await self._let_through(scope, receive, send)
 
-    async def reply(self, scope: Scope, receive: Receive) -> ASGIApp:
+    def reply(self, scope: Scope, receive: Receive) -> Awaitable[Any]:
         """Give the answer to a plain request."""
-        return await self._let_through(scope, lambda: self.app.reply(scope, receive))
+        return self._let_through(scope, receive, None)
 
-    async def _let_through(self, scope: Scope, go: Callable[[], Awaitable[T]]) -> T:
+    async def _let_through(self, scope: Scope, receive: Receive, send: Send | None) -> Any:
         access = self._operation.access
         if access is Access.PUBLIC:
-            return await go()
+            return await self._go(scope, receive, send)
         services = cast("AppState", scope["state"])["services"]
         if self._operation.at_once == "requests":
             services.in_flight.check()
@@ -100,7 +98,7 @@ class AccessMiddleware:
                 raise refusal
             if principal.kind not in self._kinds:
                 check_access(access, principal)
-            return await go()
+            return await self._go(scope, receive, send)
         except self._refusals as refused:
             if isinstance(refused, self._miss):
                 # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
@@ -113,6 +111,9 @@ class AccessMiddleware:
         except self._miss:
             await limiter.count_miss(caller)
             raise
+
+    def _go(self, scope: Scope, receive: Receive, send: Send | None) -> Awaitable[Any]:
+        return self.app.reply(scope, receive) if send is None else self.app(scope, receive, send)
 
     async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
         """Count a request for which the store has to be asked. Raises `RateLimitedError`."""

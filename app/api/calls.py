@@ -62,7 +62,7 @@ _HEAD = b"cache-control: no-store\r\ncontent-type: application/json\r\ncontent-l
 
 @dataclass(slots=True)
 class Call:
-    """One checked request of somebody who may send it. It is not changed.
+    """One checked request of somebody who may send it. Handlers do not change it.
 
     `session_id`, `step_id`, `body` (JSON) and `content` (anything, as it comes) are those that the
     operation has; `parameters` are all those of the path, checked, by their names.
@@ -73,12 +73,12 @@ class Call:
     principal: Principal
     session_id: str
     step_id: int
-    if_match: EntityTags | None
-    if_none_match: EntityTags | None
-    idempotent: IdempotentRequest | None
-    body: Document | None
-    content: Content | None
     parameters: Mapping[str, str]
+    if_match: EntityTags | None = None
+    if_none_match: EntityTags | None = None
+    idempotent: IdempotentRequest | None = None
+    body: Document | None = None
+    content: Content | None = None
 
     @property
     def headers(self) -> Headers:

@@ -116,7 +116,9 @@ class Endpoint:
         operation = self._operation
         if operation.quiet:
             scope[QUIET] = True
-        call = await self._check(scope, receive)
+        call, key = self._check(scope, receive)
+        if operation.body is not None or key is not None:
+            await self._take_rest(call, key, receive)
         # Counted from here on: whoever takes their time to send a body keeps nobody out.
         counted, whose = call.services.in_flight, ""
         if operation.at_once == "transfers":
@@ -135,7 +137,9 @@ class Endpoint:
 
     async def reply(self, scope: Scope, receive: Receive) -> ASGIApp:
         """Give the answer to a plain request. Raises what the checks and the handler raise."""
-        call = await self._check(scope, receive)
+        call, key = self._check(scope, receive)
+        if self._operation.body is not None or key is not None:
+            await self._take_rest(call, key, receive)
         services, session_id = call.services, call.session_id
         services.in_flight.enter()
         try:
@@ -181,10 +185,11 @@ class Endpoint:
                     Lane.OPERATED if operates else Lane.DONE,
                 )
 
-    async def _check(self, scope: Scope, receive: Receive) -> Call:
+    def _check(self, scope: Scope, receive: Receive) -> tuple[Call, str | None]:
+        """Check the path and the headers, and give the Idempotency-Key if there is one."""
         operation = self._operation
         state = cast("AppState", scope["state"])
-        services, settings = state["services"], state["settings"]
+        services = state["services"]
         parameters: dict[str, str] = scope["path_params"]
         context = get_context()
         principal = NOBODY if context is None else context.principal
@@ -200,55 +205,45 @@ class Endpoint:
         if "user_id" in parameters:
             user_id = _read_segment(operation.path, scope, "user_id")
             parameters = {**parameters, "user_id": user_id}
-
+        call = Call(scope, services, principal, session_id, step_id, parameters)
+        key = None
         fields = scope.get(FIELDS) or dict(scope["headers"])
-        if_match = if_none_match = key = None
         if not self._conditions.isdisjoint(fields):
-            sent = Headers(scope=scope)
+            sent = call.headers
             if "If-Match" in operation.preconditions:
-                if_match = parse_entity_tags("If-Match", sent.getlist("if-match"))
+                call.if_match = parse_entity_tags("If-Match", sent.getlist("if-match"))
             if "If-None-Match" in operation.preconditions:
-                if_none_match = parse_entity_tags("If-None-Match", sent.getlist("if-none-match"))
+                tags = sent.getlist("if-none-match")
+                call.if_none_match = parse_entity_tags("If-None-Match", tags)
             if operation.idempotency_key:
                 key = parse_idempotency_key(sent.getlist("idempotency-key"))
-
-        raw = b""
-        body = content = None
         if isinstance(operation.body, Stream):
-            content = _open(operation.body, settings, scope, receive)
-        elif operation.body is not None:
-            raw = await _read(operation.body, settings, scope, fields, receive)
+            call.content = _open(operation.body, state["settings"], scope, receive)
+        return call, key
+
+    async def _take_rest(self, call: Call, key: str | None, receive: Receive) -> None:
+        """Read and check the body, and take an Idempotency-Key together with it."""
+        operation, scope, raw = self._operation, call.scope, b""
+        if isinstance(operation.body, Body):
+            settings = cast("AppState", scope["state"])["settings"]
+            raw = await _read(operation.body, settings, scope, receive)
             if raw or operation.body.required:
                 steps = operation.body.limit == "step"
                 error = InvalidStepDataError if steps else InvalidRequestError
                 if len(raw) < PARSED_AT_ONCE:
-                    body = Document.parse(raw, error)
+                    call.body = Document.parse(raw, error)
                 else:
                     # A long look at 256 KB takes 0.2 s, which nobody else should wait for.
-                    body = await asyncio.to_thread(Document.parse, raw, error)
-        idempotent = None
+                    call.body = await asyncio.to_thread(Document.parse, raw, error)
         if key is not None:
-            idempotent = IdempotentRequest.of(
-                caller=principal.identity,
+            call.idempotent = IdempotentRequest.of(
+                caller=call.principal.identity,
                 method=scope["method"],
                 path=scope["path"],
                 key=key,
                 query=scope["query_string"],
                 body=raw,
             )
-        return Call(
-            scope,
-            services,
-            principal,
-            session_id,
-            step_id,
-            if_match,
-            if_none_match,
-            idempotent,
-            body,
-            content,
-            parameters,
-        )
 
 
 def _check_task(task_id: str) -> None:
@@ -294,14 +289,10 @@ def _open(body: Stream, settings: Settings, scope: Scope, receive: Receive) -> C
     return Content(scope, receive, limit)
 
 
-async def _read(
-    body: Body, settings: Settings, scope: Scope, fields: Mapping[bytes, bytes], receive: Receive
-) -> bytes:
-    """Read a body no larger than it may be; one that says it is larger is not read at all.
-
-    `fields` are the headers by their names; those that come twice are looked up in the scope.
-    """
+async def _read(body: Body, settings: Settings, scope: Scope, receive: Receive) -> bytes:
+    """Read a body no larger than it may be; one that says it is larger is not read at all."""
     limit = settings.max_step_bytes if body.limit == "step" else OTHER_BODY_BYTES
+    fields: Mapping[bytes, bytes] = scope.get(FIELDS) or dict(scope["headers"])
     length = fields.get(b"content-length", b"")
     is_usual = (
         fields.get(b"content-type") == b"application/json"

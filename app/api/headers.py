@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from urllib.parse import quote, unquote
 
 from app.errors import InvalidHeaderError, InvalidIdempotencyKeyError, UnsupportedMediaTypeError
 from app.onboarding.files import ANY_TYPE, is_media_type
-from app.onboarding.limits import Standing
+from app.onboarding.limits import Limit, Policy, Standing
 from app.onboarding.steps import Tags
 
 
@@ -180,9 +181,13 @@ def describe_limits(standings: Sequence[Standing]) -> str:
     if len(standings) == 1:
         # As for nearly every request.
         policy, limit, left, reset_s = standings[0]
-        return (
-            f'ratelimit-policy: "{policy}";q={limit.quota};w={limit.window_s}\r\n'
-            f'ratelimit: "{policy}";r={left};t={reset_s}\r\n'
-        )
+        return f"{_describe_policy(policy, limit)}{left};t={reset_s}\r\n"
     policies, told = describe_policies(standings), describe_standings(standings)
     return f"ratelimit-policy: {policies}\r\nratelimit: {told}\r\n"
+
+
+@cache
+def _describe_policy(policy: Policy, limit: Limit) -> str:
+    """Write both fields up to what is left."""
+    q = f'ratelimit-policy: "{policy}";q={limit.quota};w={limit.window_s}\r\n'
+    return f'{q}ratelimit: "{policy}";r='
