@@ -1,7 +1,7 @@
 """Who may call what: asked once per request, before anything of it is looked at."""
 
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -23,7 +23,7 @@ from app.onboarding.limits import Standing, caller_of_address
 from app.onboarding.sessions import is_public_id
 from app.services.audit import AuditTrail
 from app.services.limits import Limiter, LimitReachedError
-from app.wiring import AppState
+from app.wiring import Services
 
 if TYPE_CHECKING:
     from app.api.dispatch import Endpoint
@@ -59,7 +59,7 @@ class AccessMiddleware:
         access = self._operation.access
         if access is Access.PUBLIC:
             return await self._go(scope, receive, send)
-        services = cast("AppState", scope["state"])["services"]
+        services: Services = scope["state"]["services"]
         if self._operation.at_once == "requests":
             services.in_flight.check()
         principal, refusal = NOBODY, None

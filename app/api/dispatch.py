@@ -6,7 +6,7 @@ the session is, and the handler does the rest.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TypeVar, cast
+from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import Headers
@@ -188,7 +188,7 @@ class Endpoint:
     def _check(self, scope: Scope, receive: Receive) -> tuple[Call, str | None]:
         """Check the path and the headers, and give the Idempotency-Key if there is one."""
         operation = self._operation
-        state = cast("AppState", scope["state"])
+        state: AppState = scope["state"]
         services = state["services"]
         parameters: dict[str, str] = scope["path_params"]
         context = get_context()
@@ -225,7 +225,7 @@ class Endpoint:
         """Read and check the body, and take an Idempotency-Key together with it."""
         operation, scope, raw = self._operation, call.scope, b""
         if isinstance(operation.body, Body):
-            settings = cast("AppState", scope["state"])["settings"]
+            settings: Settings = scope["state"]["settings"]
             raw = await _read(operation.body, settings, scope, receive)
             if raw or operation.body.required:
                 steps = operation.body.limit == "step"
