@@ -18,6 +18,7 @@ finalize freezes them into an export; a generator turns the export into a docume
     metrics       what is measured, and how it is told
     wiring        which object gets which other       main      the ASGI application
     server        uvicorn, with what it says by itself said our way
+    protocol      HTTP on a connection, with less to do for a plain request
     __main__      the process: store first up, last down
     client        the service over HTTP, for generators elsewhere
     generator     a generator to begin one's own with
@@ -29,6 +30,12 @@ place in that log: `store/subscription` hears on one connection that a log has g
 follower (`services/events`) reads on from its place. Nothing is passed on by memory, so nothing can
 be lost, come twice, or pile up for a slow reader. While nothing happens, all that is left of a
 stream waits for its client to leave (`api/events`); one timer serves all of them.
+
+Every command of an event loop goes over one connection, gathered by turns of the loop
+(`store/multiplex`): what each request would pay for a pool is ten times what the store takes to
+answer. Only what keeps a server waiting, and the parts of large bodies, has connections of its own
+(`store/links`). A request that names a session in the plain way is served without the layers that
+stand around the others (`api/fastpath`), by the same checks and handlers.
 
 All sessions are listed, counted and chosen for removal from one index (`store/lua/index.lua`). The
 script that changes a session keeps it true in the same step; on a Cluster it follows within a

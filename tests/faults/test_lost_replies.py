@@ -258,7 +258,7 @@ class Life:
 async def test_a_mutation_whose_replies_are_lost_takes_effect_once(
     tmp_path: Path, store: Valkey, report: Begin, runs: Runs
 ) -> None:
-    row = report("30 % of all replies swallowed, silenced, reset or half-sent")
+    row = report("30 % of all replies silenced, reset or half-sent")
     row.runs = 1
     async with wired(tmp_path, store, **QUICKLY) as here:
         lives = [Life(here.client) for _ in range(1 + runs(27))]
