@@ -13,9 +13,8 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def monotonic_s() -> float:
-    """Return seconds from an arbitrary start that never run backwards, for durations."""
-    return time.monotonic()
+monotonic_s = time.monotonic
+"""Return seconds from an arbitrary start that never run backwards, for durations."""
 
 
 @lru_cache(maxsize=4096)

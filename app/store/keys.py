@@ -5,6 +5,7 @@ from typing import NamedTuple
 from app.onboarding.catalogue import MAX_STEPS
 from app.onboarding.files import FileKind
 
+_OPENING = ("metadata", "progress", "events", "ops", "")
 _DRAFTS = [f"draft:{step_id}" for step_id in range(1, MAX_STEPS + 1)]
 
 
@@ -55,8 +56,7 @@ class SessionKeys(NamedTuple):
 
     def drafts(self, steps: int) -> list[str]:
         """The drafts of the steps 1 to `steps`."""
-        prefix = self.prefix
-        return [prefix + name for name in _DRAFTS[:steps]]
+        return [*map(self.prefix.__add__, _DRAFTS[:steps])]
 
     def idempotency(self, scope: str) -> str:
         """The answer to an Idempotency-Key, by the digest of its scope."""
@@ -123,14 +123,13 @@ class Keys:
     def session(self, session_id: str) -> SessionKeys:
         """Name the keys of a session; the id is known to be safe in a key."""
         prefix = f"{self._before}{session_id}{self._after}"
-        return SessionKeys(
-            f"{prefix}metadata", f"{prefix}progress", f"{prefix}events", f"{prefix}ops", prefix
-        )
+        # As SessionKeys(...) makes it, at half the cost: every change begins here.
+        return tuple.__new__(SessionKeys, map(prefix.__add__, _OPENING))
 
     def of(self, session_id: str, name: str) -> str:
         """One key of a session, by what `SessionKeys` has behind the prefix: `step:4`.
 
-        For who needs no other: to name them all takes three times as long.
+        For who needs no other: to name them all takes twice as long.
         """
         return f"{self._before}{session_id}{self._after}{name}"
 
