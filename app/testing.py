@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.clock import monotonic_s, now_ms, rfc3339
+from app.clock import monotonic_s, now_ms
 from app.errors import SessionNotFoundError
 from app.onboarding.documents import Document
 from app.onboarding.retention import HOUR_MS
@@ -116,7 +116,7 @@ async def create_mock_session(
     if steps:
         answers = {number: Document.of({"answer": number}) for number in range(1, steps + 1)}
         await StepStore(manager.gateway, sessions).save(
-            session_id, answers, pin=catalogue.pin, at_ms=at_ms, saved_at=rfc3339(at_ms)
+            session_id, answers, pin=catalogue.pin, at_ms=at_ms
         )
     if finalized:
         await manager.finalize(session_id, force=True)

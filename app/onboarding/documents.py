@@ -121,7 +121,10 @@ class Document(Mapping[str, Any]):
             raise error(f"The member {name!r} must be an object", [_not_an_object(f"/{name}")])
         value = self.value[name]
         if self._spelled_plainly:
-            return Document(orjson.dumps(value), value, spelled_plainly=True)
+            # `{"<name>":<value>}`, where there is no other: what most bodies are.
+            is_alone = len(self.value) == 1
+            text = self.text[len(orjson.dumps(name)) + 2 : -1] if is_alone else orjson.dumps(value)
+            return Document(text, value, spelled_plainly=True)
         return Document(_member_texts(self.text.decode())[name].encode(), value)
 
     def parts(

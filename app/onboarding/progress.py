@@ -27,7 +27,7 @@ def describe_progress(saved: str, highest: int, created_ms: int, updated_ms: int
     `saved` has one character per step of the catalogue, "1" where the step is stored: the store
     changes it together with the step, so what is counted here is what is there.
     """
-    counted = _count(saved)
+    counted = count_saved(saved)
     return {
         "completed": len(counted.steps),
         "total": len(saved),
@@ -40,8 +40,8 @@ def describe_progress(saved: str, highest: int, created_ms: int, updated_ms: int
     }
 
 
-class _Counted(NamedTuple):
-    """What the marks of the saved steps come to."""
+class Counted(NamedTuple):
+    """What the marks of the saved steps come to; `steps` are the numbers of those."""
 
     steps: tuple[int, ...]
     percentage: float
@@ -49,8 +49,8 @@ class _Counted(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _count(saved: str) -> _Counted:
+def count_saved(saved: str) -> Counted:
     """Count the marks. Most sessions have the same few, and to count 23 anew takes 3 us."""
     steps = tuple(step for step, mark in enumerate(saved, start=1) if mark == "1")
     gap = saved.find("0")
-    return _Counted(steps, round(100 * len(steps) / len(saved), 2), None if gap < 0 else gap + 1)
+    return Counted(steps, round(100 * len(steps) / len(saved), 2), None if gap < 0 else gap + 1)

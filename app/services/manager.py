@@ -86,6 +86,10 @@ TRIES = 8
 """How often a change that must read first is tried again when others change the session."""
 
 
+MAY_HAVE_ANOTHER = (OtherCatalogueError, InvalidStepIdError, InvalidStepDataError)
+"""What is raised, too, when a session began with another catalogue than the current one."""
+
+
 LEARN_EVERY_S = 5.0
 """How soon a process knows the catalogue of a newer one that was started beside it."""
 
@@ -121,16 +125,13 @@ class OnboardingSessionManager:
         self._gateway = gateway
         self._make_probe = make_probe
         self._rules = rules
+        self.catalogue = catalogue
+        """The catalogue that new sessions begin with."""
         self._catalogues = CatalogueStore(gateway, catalogue)
         self._sessions = SessionStore(gateway)
         self._steps = StepStore(gateway, self._sessions)
         self._exports = ExportStore(gateway, self._sessions, JobStore(gateway))
         self._learnt_s = -2 * LEARN_EVERY_S
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """The catalogue that new sessions begin with."""
-        return self._catalogues.current
 
     # --- The session ------------------------------------------------------------------------------
 
@@ -282,15 +283,20 @@ class OnboardingSessionManager:
 
         def save(catalogue: Catalogue) -> Awaitable[Saved]:
             self._check_answers(catalogue, step_id, answers, "/data")
-            return self._save(
+            return self._steps.save(
                 session_id,
                 {step_id: answers},
-                catalogue,
+                pin=catalogue.pin,
+                at_ms=now_ms(),
                 precondition=precondition,
                 request=request,
             )
 
-        return _saved_step(session_id, step_id, await self._by_its_catalogue(session_id, save))
+        try:
+            saved = await save(self.catalogue)
+        except MAY_HAVE_ANOTHER as failure:
+            saved = await save(await self._find_other_catalogue(session_id, failure))
+        return _saved_step(session_id, step_id, saved)
 
     async def save_steps(
         self,
@@ -314,7 +320,9 @@ class OnboardingSessionManager:
                 catalogue.check_step_id(number, f"/steps/{number}")
                 self._check_size(data)
                 catalogue.check_data(number, data, f"/steps/{number}")
-            return await self._save(session_id, answers, catalogue, request=request)
+            return await self._steps.save(
+                session_id, answers, pin=catalogue.pin, at_ms=now_ms(), request=request
+            )
 
         saved = await self._by_its_catalogue(session_id, save)
         return SavedSteps(
@@ -356,10 +364,11 @@ class OnboardingSessionManager:
                 if not precondition.holds(stored.version):
                     raise VersionConflictError(stored.version) from None
                 raise
-            return await self._save(
+            return await self._steps.save(
                 session_id,
                 {step_id: answers},
-                catalogue,
+                pin=catalogue.pin,
+                at_ms=now_ms(),
                 precondition=precondition,
                 expected_version=stored.version,
                 request=request,
@@ -369,15 +378,22 @@ class OnboardingSessionManager:
 
     async def get_step(self, session_id: str, step_id: int) -> Step | None:
         """Read a saved step; None when it is not saved. Raises `InvalidStepIdError`."""
-        await self._check_step(session_id, step_id)
+        check_session_id(session_id)
+        if step_id not in self.catalogue:
+            await self._check_step(session_id, step_id)
         stored = await self._steps.get(session_id, step_id)
-        return None if stored is None else _step(session_id, step_id, stored)
+        if stored is None:
+            return None
+        return Step.of_record(session_id, stored.text, stored.version)
 
     async def get_all_steps(self, session_id: str) -> StepMap:
         """Read every saved step by its number; `missing` tells the others. One round trip."""
         check_session_id(session_id)
         _, catalogue, stored = await self._read_all(session_id)
-        steps = {number: _step(session_id, number, each) for number, each in stored.items()}
+        steps = {
+            number: Step.of_record(session_id, each.text, each.version)
+            for number, each in stored.items()
+        }
         return StepMap(steps, catalogue.missing(steps))
 
     async def delete_step(
@@ -433,20 +449,13 @@ class OnboardingSessionManager:
             )
 
         saved = await self._by_its_catalogue(session_id, save)
-        return Step.compose(
-            session_id=session_id,
-            step_id=step_id,
-            data=answers.text,
-            version=saved.version,
-            saved_at=rfc3339(saved.at_ms),
-            is_draft=True,
-        )
+        return Step.of_draft(session_id, step_id, answers.text, saved.version, rfc3339(saved.at_ms))
 
     async def get_draft(self, session_id: str, step_id: int) -> Step | None:
         """Read a draft; None when there is none. Raises `InvalidStepIdError`."""
         await self._check_step(session_id, step_id)
         draft = await self._steps.get_draft(session_id, step_id)
-        return None if draft is None else _step(session_id, step_id, draft)
+        return None if draft is None else _draft(session_id, step_id, draft)
 
     async def delete_draft(self, session_id: str, step_id: int) -> Step | None:
         """Drop a draft and return what it was; None when that could not be read any more.
@@ -455,7 +464,7 @@ class OnboardingSessionManager:
         """
         await self._check_step(session_id, step_id)
         draft = await self._steps.delete_draft(session_id, step_id, at_ms=now_ms())
-        return None if draft is None else _step(session_id, step_id, draft)
+        return None if draft is None else _draft(session_id, step_id, draft)
 
     async def promote_draft_to_step(
         self,
@@ -474,10 +483,11 @@ class OnboardingSessionManager:
                 raise DraftNotFoundError(step_id)
             answers = Document(draft.data)
             self._check_answers(catalogue, step_id, answers, "/data")
-            return await self._save(
+            return await self._steps.save(
                 session_id,
                 {step_id: answers},
-                catalogue,
+                pin=catalogue.pin,
+                at_ms=now_ms(),
                 precondition=precondition,
                 expected_draft=draft.draft_id,
                 request=request,
@@ -663,22 +673,28 @@ class OnboardingSessionManager:
         """Attempt something by the current catalogue, and once more if the session has another.
 
         Nearly every session has the current one, so its catalogue is not looked up first: the
-        script that saves tells when it is another. Only a fault found by the current one, while
-        others are in use, is worth the look-up.
+        script that saves tells when it is another.
         """
         try:
             return await attempt(self.catalogue)
-        except OtherCatalogueError as other:
-            pin = other.pin
-        except (InvalidStepIdError, InvalidStepDataError):
-            if monotonic_s() - self._learnt_s > 2 * LEARN_EVERY_S:
-                await self.learn_catalogues()
-            if not self._catalogues.has_others:
-                raise
-            pin = await self._sessions.get_pin(session_id)
-            if pin == self.catalogue.pin:
-                raise
-        return await attempt(await self._catalogues.get(pin))
+        except MAY_HAVE_ANOTHER as failure:
+            return await attempt(await self._find_other_catalogue(session_id, failure))
+
+    async def _find_other_catalogue(self, session_id: str, failure: Exception) -> Catalogue:
+        """Return the session's catalogue, or raise the failure when that is the current one.
+
+        Only a fault found by the current one, while others are in use, is worth the look-up.
+        """
+        if isinstance(failure, OtherCatalogueError):
+            return await self._catalogues.get(failure.pin)
+        if monotonic_s() - self._learnt_s > 2 * LEARN_EVERY_S:
+            await self.learn_catalogues()
+        if not self._catalogues.has_others:
+            raise failure
+        pin = await self._sessions.get_pin(session_id)
+        if pin == self.catalogue.pin:
+            raise failure
+        return await self._catalogues.get(pin)
 
     async def _compare_and_save(
         self,
@@ -704,30 +720,6 @@ class OnboardingSessionManager:
         if not saved:
             raise SessionConflictError
         return _saved_step(session_id, step_id, saved)
-
-    def _save(
-        self,
-        session_id: str,
-        answers: Mapping[int, Document],
-        catalogue: Catalogue,
-        *,
-        precondition: Precondition = NO_PRECONDITION,
-        expected_version: int | None = None,
-        expected_draft: str | None = None,
-        request: IdempotentRequest | None = None,
-    ) -> Awaitable[Saved]:
-        at_ms = now_ms()
-        return self._steps.save(
-            session_id,
-            answers,
-            pin=catalogue.pin,
-            at_ms=at_ms,
-            saved_at=rfc3339(at_ms),
-            precondition=precondition,
-            expected_version=expected_version,
-            expected_draft=expected_draft,
-            request=request,
-        )
 
     async def _read_all(self, session_id: str) -> tuple[Session, Catalogue, dict[int, StoredStep]]:
         steps = self.catalogue.total
@@ -789,15 +781,8 @@ def get_onboarding_session_manager() -> OnboardingSessionManager:
     return make_manager(connect(settings), settings)
 
 
-def _step(session_id: str, step_id: int, stored: StoredStep | Draft) -> Step:
-    return Step.compose(
-        session_id=session_id,
-        step_id=step_id,
-        data=stored.data,
-        version=stored.version,
-        saved_at=stored.saved_at,
-        is_draft=isinstance(stored, Draft),
-    )
+def _draft(session_id: str, step_id: int, stored: Draft) -> Step:
+    return Step.of_draft(session_id, step_id, stored.data, stored.version, stored.saved_at)
 
 
 def _saved_step(session_id: str, step_id: int, saved: Saved) -> SavedStep:

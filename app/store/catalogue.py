@@ -58,4 +58,4 @@ class CatalogueStore:
 
     def is_step(self, step_id: int) -> bool:
         """Say whether any catalogue that is known to be in use has the step."""
-        return any(step_id in catalogue for catalogue in self._known.values())
+        return step_id in self.current or any(step_id in each for each in self._known.values())

@@ -23,7 +23,7 @@ from app.onboarding.catalogue import MAX_STEPS, Catalogue
 from app.onboarding.files import FileInfo, FileKind
 from app.onboarding.generation import MAY_FOLLOW
 from app.onboarding.idempotency import IdempotentRequest
-from app.onboarding.progress import Progress, describe_progress
+from app.onboarding.progress import Progress, count_saved, describe_progress
 from app.onboarding.retention import NO_LIMIT, Capacity, DeleteReason, Since, Terms
 from app.onboarding.sessions import Owner, Session, SessionChanges, SessionStatus, State
 from app.store.faults import corrupt
@@ -242,14 +242,10 @@ class SessionStore:
         session, _ = await self.get_with(session_id, [])
         return session
 
-    async def get_with_presence(
-        self, session_id: str, strings: Sequence[str]
-    ) -> tuple[Session, list[int]]:
-        """Read a session, and which of some string keys are there, at one instant.
-
-        They are told by their places among them, the first being 1.
-        """
-        return await self._read(session_id, strings, "presence")
+    async def get_with_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
+        """Read a session, and which of its steps, up to `steps`, have a draft, at one instant."""
+        session, numbers = await self._read(session_id, [], ["drafts", steps])
+        return session, frozenset(numbers)
 
     async def get_with(
         self, session_id: str, strings: Sequence[str], *, is_promise: bool = False
@@ -258,14 +254,19 @@ class SessionStore:
 
         `is_promise` as `Gateway.evaluate` has it.
         """
-        return await self._read(session_id, strings, "values", is_promise=is_promise)
+        return await self._read(session_id, strings, ["values"], is_promise=is_promise)
 
     async def _read(
-        self, session_id: str, strings: Sequence[str], what: str, *, is_promise: bool = False
+        self,
+        session_id: str,
+        strings: Sequence[str],
+        what: Sequence[Argument],
+        *,
+        is_promise: bool = False,
     ) -> tuple[Session, list[Any]]:
         keys = self._keys.session(session_id)
         reply = await self._gateway.evaluate(
-            "read_session", [*keys[:2], *strings], [what], is_promise=is_promise
+            "read_session", [*keys[:2], *strings], what, is_promise=is_promise
         )
         if reply.word == "not_found":
             raise SessionNotFoundError
@@ -415,27 +416,30 @@ _STATE_NAMES = [name.encode() for name in STATE_FIELDS]
 _STATUSES = {status.encode(): status for status in SessionStatus}
 
 
-def read_state(key: str, values: Sequence[bytes | None]) -> State:
-    """Read the state of a session from the fields of `progress`, which is `key`.
+def read_state(key: str, values: Sequence[Any]) -> State:
+    """Read the state of a session from the fields of `progress`, which is `key`: bytes, or None.
 
     Raises `CorruptRecordError`.
     """
     status, saved, highest, created, updated, deadline, finalized, revision, run_revision = values
-    if not status or not saved or saved.strip(b"01"):
+    if not saved or saved.strip(b"01"):
         raise corrupt(key)
     try:
+        created_ms, updated_ms, deadline_ms = int(created), int(updated), int(deadline)
+        finalized_ms = int(finalized) if finalized else None
+        _check_times((created_ms, updated_ms, deadline_ms, finalized_ms or 0))
         return State(
-            status=_STATUSES[status],
-            saved=saved.decode(),
-            highest=int(highest or b""),
-            created_ms=_time_ms(created),
-            updated_ms=_time_ms(updated),
-            deadline_ms=_time_ms(deadline),
-            finalized_ms=_time_ms(finalized) if finalized else None,
-            revision=int(revision or b""),
-            run_revision=int(run_revision or 0),
+            _STATUSES[status],
+            saved.decode(),
+            int(highest),
+            created_ms,
+            updated_ms,
+            deadline_ms,
+            finalized_ms,
+            int(revision),
+            int(run_revision or 0),
         )
-    except (KeyError, ValueError):
+    except _UNREADABLE:
         raise corrupt(key) from None
 
 
@@ -481,18 +485,22 @@ class Versions(NamedTuple):
 def read_versions(keys: SessionKeys, progress: Mapping[bytes, bytes]) -> Versions:
     """Read all fields of `progress`. Raises `CorruptRecordError`."""
     state = read_state(keys.progress, [*map(progress.get, _STATE_NAMES)])
-    marked = [step for step, mark in enumerate(state.saved, start=1) if mark == "1"]
+    steps = count_saved(state.saved).steps
+    value_of = progress.__getitem__
     try:
+        versions = map(int, map(value_of, map(_VERSION_NAMES.__getitem__, steps)))
+        saved_ms = [*map(int, map(value_of, map(_SAVED_NAMES.__getitem__, steps)))]
+        _check_times(saved_ms)
         return Versions(
             state,
             progress[b"catalogue"].decode(),
             int(progress[b"changes"]),
-            {step: int(progress[_VERSION_NAMES[step]]) for step in marked},
-            {step: _time_ms(progress[_SAVED_NAMES[step]]) for step in marked},
+            dict(zip(steps, versions, strict=True)),
+            dict(zip(steps, saved_ms, strict=True)),
             int(progress.get(b"request_count", 0)),
             int(progress.get(b"total_processing_ms", 0)),
         )
-    except (KeyError, ValueError):
+    except _UNREADABLE:
         raise corrupt(keys.progress) from None
 
 
@@ -567,12 +575,15 @@ def _fields(key: str, lines: bytes, count: int) -> dict[bytes, bytes]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _time_ms(value: bytes | None) -> int:
-    """Read a time in Unix ms. Raises `ValueError` for one that no calendar has."""
-    at_ms = int(value or b"")
-    if not 0 <= at_ms <= LAST_MS:
-        raise ValueError(at_ms)
-    return at_ms
+def _check_times(times_ms: Sequence[int]) -> None:
+    """Raise `ValueError` where one of them, in Unix ms, is in no calendar."""
+    if times_ms and (min(times_ms) < 0 or max(times_ms) > LAST_MS):
+        raise ValueError("a time beyond the calendar")
+
+
+_UNREADABLE = (LookupError, ValueError, TypeError)
+"""What is raised for a field that holds something else than it should (no text, no number, no such
+word), or is not there."""
 
 
 def _text(value: bytes | None) -> str | None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import orjson
 
+from app.clock import rfc3339
 from app.errors import (
     CorruptRecordError,
     DraftNotFoundError,
@@ -56,7 +57,6 @@ class StoredStep(NamedTuple):
     """A step as stored: `data` is its answers, `text` the whole record, both JSON."""
 
     version: int
-    saved_at: str
     data: bytes
     text: bytes
 
@@ -89,7 +89,6 @@ class StepStore:
         *,
         pin: str,
         at_ms: int,
-        saved_at: str,
         precondition: Precondition = NO_PRECONDITION,
         expected_version: int | None = None,
         expected_draft: str | None = None,
@@ -103,8 +102,9 @@ class StepStore:
         keys = self._keys.session(session_id)
         named: list[str] = []
         sent: list[Argument] = []
+        prefix = keys.prefix
         for number, data in answers.items():
-            named += (keys.step(number), keys.draft(number))
+            named += (f"{prefix}step:{number}", f"{prefix}draft:{number}")
             sent += (number, data.text)
         reply = await self._gateway.change(
             "save_steps",
@@ -116,13 +116,14 @@ class StepStore:
                 _tags(precondition.if_none_match),
                 "" if expected_version is None else expected_version,
                 expected_draft or "",
-                saved_at,
+                rfc3339(at_ms),
                 *sent,
             ],
             at_ms=at_ms,
             request=request,
         )
-        _check_done(reply)
+        if reply.word != "ok":
+            _check_done(reply)
         return _saved(reply)
 
     async def recall_save(self, session_id: str, request: IdempotentRequest) -> Saved | None:
@@ -162,9 +163,7 @@ class StepStore:
 
     async def list_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
         """Read a session with the numbers of the steps, up to `steps`, that have a draft."""
-        drafts = self._keys.session(session_id).drafts(steps)
-        session, numbers = await self._sessions.get_with_presence(session_id, drafts)
-        return session, frozenset(numbers)
+        return await self._sessions.get_with_drafts(session_id, steps)
 
     async def delete(
         self,
@@ -252,18 +251,20 @@ def decode_step(step_id: int, key: str, stored: bytes | None) -> StoredStep:
 
     The answers are parsed once to see that they are whole (1 us for 1 KB) and stay bytes.
     """
-    found = _STEP.fullmatch(stored or b"")
-    if not found or int(found["id"]) != step_id or not _is_object(found["data"]):
-        raise corrupt(key, f"step {step_id}")
-    return StoredStep(int(found["version"]), found["at"].decode(), found["data"], found[0])
+    if stored is not None and (found := _STEP.fullmatch(stored)):
+        number, version, _, data = found.groups()
+        if int(number) == step_id and _is_object(data):
+            return StoredStep(int(version), data, stored)
+    raise corrupt(key, f"step {step_id}")
 
 
 def decode_draft(step_id: int, key: str, stored: bytes, version: bytes) -> Draft:
     """Recognise a stored draft; `version` is the saved step's. Raises `CorruptRecordError`."""
-    found = _DRAFT.fullmatch(stored)
-    if not found or not _is_object(found["data"]):
-        raise corrupt(key, f"the draft of step {step_id}")
-    return Draft(found["id"].decode(), found["data"], found["at"].decode(), _version(version))
+    if found := _DRAFT.fullmatch(stored):
+        draft_id, saved_at, data = found.groups()
+        if _is_object(data):
+            return Draft(draft_id.decode(), data, saved_at.decode(), _version(version))
+    raise corrupt(key, f"the draft of step {step_id}")
 
 
 def _check_done(reply: Reply, step_id: int = 0) -> None:
@@ -299,15 +300,15 @@ def _saved(reply: Reply) -> Saved:
     return Saved(dict(zip(numbers, numbers, strict=True)), progress_of(reply), int(reply.values[3]))
 
 
-_AT = rb'"saved_at":"(?P<at>[0-9T:.Z-]{20,30})"'
+_AT = rb'"saved_at":"([0-9T:.Z-]{20,30})"'
 # Answers keep the white space around them, too.
-_DATA = rb',"data":(?P<data>[ \t\r\n]*\{.*\}[ \t\r\n]*)\}'
+_DATA = rb',"data":([ \t\r\n]*\{.*\}[ \t\r\n]*)\}'
 _STEP = re.compile(
-    rb'\{"step_id":(?P<id>[0-9]{1,3}),"version":(?P<version>[0-9]{1,15}),' + _AT + _DATA,
+    rb'\{"step_id":([0-9]{1,3}),"version":([0-9]{1,15}),' + _AT + _DATA,
     re.DOTALL,
 )
 _DRAFT = re.compile(
-    rb'\{"step_id":[0-9]{1,3},"draft_id":"(?P<id>[0-9a-f]+)",' + _AT + _DATA,
+    rb'\{"step_id":[0-9]{1,3},"draft_id":"([0-9a-f]+)",' + _AT + _DATA,
     re.DOTALL,
 )
 

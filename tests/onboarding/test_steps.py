@@ -65,19 +65,31 @@ def test_both_preconditions_must_hold_and_one_that_was_not_sent_does(
     assert NO_PRECONDITION.holds(version)
 
 
-@given(objects, st.integers(0, 2**32), _VERSIONS, st.booleans())
-def test_a_step_is_put_together_around_the_bytes_of_its_answers(
-    answers: dict[str, Any], seed: int, version: int | None, is_draft: bool
+AT = "2026-01-31T08:15:00.250Z"
+
+
+@given(objects, st.integers(0, 2**32), st.integers(1, 4))
+def test_a_saved_step_is_put_together_around_the_bytes_of_its_record(
+    answers: dict[str, Any], seed: int, version: int
 ) -> None:
     data = spell(answers, seed).encode()
-    step = Step.compose(
-        session_id="s.1_-",
-        step_id=7,
-        data=data,
-        version=version,
-        saved_at="2026-01-31T08:15:00.250Z",
-        is_draft=is_draft,
-    )
+    stored = b'{"step_id":7,"version":%d,"saved_at":"%b","data":%b}' % (version, AT.encode(), data)
+    step = Step.of_record("s.1_-", stored, version)
+    assert_put_together(step, answers, data, version, is_draft=False)
+
+
+@given(objects, st.integers(0, 2**32), _VERSIONS)
+def test_a_draft_is_put_together_around_the_bytes_of_its_answers(
+    answers: dict[str, Any], seed: int, version: int | None
+) -> None:
+    data = spell(answers, seed).encode()
+    step = Step.of_draft("s.1_-", 7, data, version, AT)
+    assert_put_together(step, answers, data, version, is_draft=True)
+
+
+def assert_put_together(
+    step: Step, answers: dict[str, Any], data: bytes, version: int | None, *, is_draft: bool
+) -> None:
     assert data in step.text
     assert step.version == version
     assert same(
@@ -85,9 +97,9 @@ def test_a_step_is_put_together_around_the_bytes_of_its_answers(
         {
             "session_id": "s.1_-",
             "step_id": 7,
-            "data": answers,
             "version": version,
-            "saved_at": "2026-01-31T08:15:00.250Z",
+            "saved_at": AT,
+            "data": answers,
             "is_draft": is_draft,
         },
     )
@@ -96,9 +108,7 @@ def test_a_step_is_put_together_around_the_bytes_of_its_answers(
 
 
 def test_a_step_is_a_document_that_does_not_show_its_answers() -> None:
-    step = Step.compose(
-        session_id="s", step_id=1, data=b'{"a":"canary"}', version=1, saved_at="", is_draft=False
-    )
+    step = Step.of_draft("s", 1, b'{"a":"canary"}', 1, AT)
     assert isinstance(step, Document)
     assert "canary" not in repr(step)
 
