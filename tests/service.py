@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import uvicorn
 from httpx2 import AsyncClient
+from starlette.types import ASGIApp
 
 from app.main import create_app
 from app.server import listen, make_config
@@ -36,7 +38,14 @@ class Server(uvicorn.Server):
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[AsyncClient]:
     """Serve with these settings for the length of a block; gives a client for it."""
-    server = Server(make_config(create_app(settings)))
+    async with serving_app(create_app(settings)) as client:
+        yield client
+
+
+@asynccontextmanager
+async def serving_app(app: ASGIApp, **options: Any) -> AsyncIterator[AsyncClient]:
+    """Serve an application for the length of a block; gives a client for it."""
+    server = Server(make_config(app, **options))
     with listen("127.0.0.1", 0) as listener:
         host, port = listener.getsockname()
         # Not serve(): it would take the signals of the test run.
