@@ -76,6 +76,7 @@ Choose = Callable[[bytes], Loss | None]
 
 class _Asked(NamedTuple):
     name: str
+    counted_as: str
     held: Held | None
     loss: Loss | None
 
@@ -84,9 +85,10 @@ class Proxy:
     """Forward `port` to `target_port`; every fault ends with the `async with` block.
 
     `commands` counts the commands that clients sent by their first word in upper case (what is
-    written behind the requests, the record of who did what, as AUDIT), as they
-    arrive here, held ones too. `lost` counts the replies that were lost, by the way. `tls` is what
-    clients meet; the way to the server is plain.
+    written behind the requests, the record of who did what, as AUDIT), as they arrive here, held
+    ones too; `sent_bytes` and `answered_bytes` are how long they and the replies to them were.
+    `lost` counts the replies that were lost, by the way. `tls` is what clients meet; the way to the
+    server is plain.
     """
 
     host = HOST
@@ -94,6 +96,8 @@ class Proxy:
     def __init__(self, target_port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.port = 0
         self.commands: Counter[str] = Counter()
+        self.sent_bytes: Counter[str] = Counter()
+        self.answered_bytes: Counter[str] = Counter()
         self._target_port = target_port
         self._tls = tls
         self._flowing = asyncio.Event()
@@ -235,13 +239,15 @@ class Proxy:
     ) -> None:
         async for frame in _frames(reader):
             name = _command_name(frame)
-            self.commands["AUDIT" if RECORDING in frame else name] += 1
+            counted_as = "AUDIT" if RECORDING in frame else name
+            self.commands[counted_as] += 1
+            self.sent_bytes[counted_as] += len(frame)
             for part, times in self._watched:
                 if part in frame:
                     times.append(time.monotonic())
             held = self._find_held(frame)
             if not name.endswith("SUBSCRIBE"):  # answered by push messages, not by a reply
-                asked.append(_Asked(name, held, self._choose(frame)))
+                asked.append(_Asked(name, counted_as, held, self._choose(frame)))
             if held is not None:
                 await held.pass_on(frame, writer)
                 continue
@@ -256,7 +262,10 @@ class Proxy:
         async for frame in _frames(reader):
             loss = None
             if frame[:1] != b">":
-                name, held, chosen = asked.popleft() if asked else _Asked("", None, None)
+                name, counted_as, held, chosen = (
+                    asked.popleft() if asked else _Asked("", "", None, None)
+                )
+                self.answered_bytes[counted_as] += len(frame)
                 if held is not None:
                     held.answer(frame)
                 loss = self._loss_for(name, chosen)
