@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import islice
 from typing import Any, Literal, NotRequired
 
 import orjson
@@ -427,31 +427,30 @@ def _language_faults(language: str) -> list[Fault]:
 
 def _summarize_steps(session: Session, catalogue: Catalogue, drafts: frozenset[int]) -> str:
     """Write the list of `StepSummary` as JSON."""
-    before, end = _frame_steps(catalogue, session.state.saved, drafts)
-    versions = map(str, session.versions.values())
-    times = map(rfc3339, session.saved_ms.values())
-    lines = zip(before, versions, _BETWEEN, times, strict=False)
-    return "".join(chain.from_iterable(lines)) + end
+    parts = [*_frame_steps(catalogue, session.state.saved, drafts)]
+    shown = len(parts) // 4
+    parts[1::4] = map(str, islice(session.versions.values(), shown))
+    parts[3::4] = map(rfc3339, islice(session.saved_ms.values(), shown))
+    return "".join(parts)
 
 
 @lru_cache(maxsize=1024)
-def _frame_steps(catalogue: Catalogue, saved: str, drafts: frozenset[int]) -> tuple[list[str], str]:
-    """Write what stands before the version of each saved step, and after all of them.
+def _frame_steps(catalogue: Catalogue, saved: str, drafts: frozenset[int]) -> list[str]:
+    """Write the list of `StepSummary` in parts, with room for what each session has of its own.
 
-    To write 23 steps for each summary took 9 us; most sessions have the same few marks.
+    For each saved step: what stands before its version, room for that, what stands before when it
+    was saved, room for that. Then the rest. Most sessions have the same few marks, and to write the
+    lines of 23 steps anew took 9 us.
     """
     text = "["
-    before = []
+    parts = []
     for number, known in enumerate(catalogue.summary_lines, start=1):
         text += known + ("true" if number in drafts else "false")
         if saved[number - 1 : number] == "1":
-            before.append(f'{text},"version":')
+            parts += [f'{text},"version":', "", ',"saved_at":"', ""]
             text = '"'
         text += "}," if number < catalogue.total else "}]"
-    return before, text
-
-
-_BETWEEN = repeat(',"saved_at":"')
+    return [*parts, text]
 
 
 def _time(at_ms: int | None) -> str | None:

@@ -1,7 +1,9 @@
 """Sessions in the store: made, read, changed and removed as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
@@ -19,7 +21,7 @@ from app.errors import (
     SessionCapacityError,
     SessionNotFoundError,
 )
-from app.onboarding.catalogue import MAX_STEPS, Catalogue
+from app.onboarding.catalogue import Catalogue
 from app.onboarding.files import FileInfo, FileKind
 from app.onboarding.generation import MAY_FOLLOW
 from app.onboarding.idempotency import IdempotentRequest
@@ -244,8 +246,9 @@ class SessionStore:
 
     async def get_with_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
         """Read a session, and which of its steps, up to `steps`, have a draft, at one instant."""
-        session, numbers = await self._read(session_id, [], ["drafts", steps])
-        return session, frozenset(numbers)
+        keys = self._keys.session(session_id)
+        session, places = await self._read(session_id, keys, keys.drafts(steps), "presence")
+        return session, frozenset(places)
 
     async def get_with(
         self, session_id: str, strings: Sequence[str], *, is_promise: bool = False
@@ -254,19 +257,20 @@ class SessionStore:
 
         `is_promise` as `Gateway.evaluate` has it.
         """
-        return await self._read(session_id, strings, ["values"], is_promise=is_promise)
+        keys = self._keys.session(session_id)
+        return await self._read(session_id, keys, strings, "values", is_promise=is_promise)
 
     async def _read(
         self,
         session_id: str,
+        keys: SessionKeys,
         strings: Sequence[str],
-        what: Sequence[Argument],
+        what: str,
         *,
         is_promise: bool = False,
     ) -> tuple[Session, list[Any]]:
-        keys = self._keys.session(session_id)
         reply = await self._gateway.evaluate(
-            "read_session", [*keys[:2], *strings], what, is_promise=is_promise
+            "read_session", [*keys[:2], *strings], [what], is_promise=is_promise
         )
         if reply.word == "not_found":
             raise SessionNotFoundError
@@ -465,9 +469,24 @@ def _session(
     )
 
 
-# Written once: there are two for each step.
-_VERSION_NAMES = [b"v%d" % step for step in range(MAX_STEPS + 1)]
-_SAVED_NAMES = [b"s%d" % step for step in range(MAX_STEPS + 1)]
+@lru_cache(maxsize=1024)
+def _pick_steps(saved: str) -> Callable[[Mapping[bytes, bytes]], tuple[bytes, ...]]:
+    """Give what takes of `progress` the versions of all saved steps, then when each was saved."""
+    steps = count_saved(saved).steps
+    return itemgetter(*(b"v%d" % step for step in steps), *(b"s%d" % step for step in steps))
+
+
+def _read_numbers(values: Sequence[bytes]) -> list[int]:
+    """Read decimal numbers, none of them larger than a time. Raises `ValueError`.
+
+    In one piece: `int` of 46 takes 3 us, this 1.
+    """
+    if not b"".join(values).isdigit():
+        raise ValueError("no decimal numbers")
+    numbers: list[int] = orjson.loads(b"[%b]" % b",".join(values))
+    if max(numbers) > LAST_MS:
+        raise ValueError("a number beyond the calendar")
+    return numbers
 
 
 class Versions(NamedTuple):
@@ -486,17 +505,14 @@ def read_versions(keys: SessionKeys, progress: Mapping[bytes, bytes]) -> Version
     """Read all fields of `progress`. Raises `CorruptRecordError`."""
     state = read_state(keys.progress, [*map(progress.get, _STATE_NAMES)])
     steps = count_saved(state.saved).steps
-    value_of = progress.__getitem__
     try:
-        versions = map(int, map(value_of, map(_VERSION_NAMES.__getitem__, steps)))
-        saved_ms = [*map(int, map(value_of, map(_SAVED_NAMES.__getitem__, steps)))]
-        _check_times(saved_ms)
+        numbers = _read_numbers(_pick_steps(state.saved)(progress)) if steps else []
         return Versions(
             state,
             progress[b"catalogue"].decode(),
             int(progress[b"changes"]),
-            dict(zip(steps, versions, strict=True)),
-            dict(zip(steps, saved_ms, strict=True)),
+            dict(zip(steps, numbers, strict=False)),
+            dict(zip(steps, numbers[len(steps) :], strict=True)),
             int(progress.get(b"request_count", 0)),
             int(progress.get(b"total_processing_ms", 0)),
         )
@@ -577,7 +593,7 @@ def _fields(key: str, lines: bytes, count: int) -> dict[bytes, bytes]:
 
 def _check_times(times_ms: Sequence[int]) -> None:
     """Raise `ValueError` where one of them, in Unix ms, is in no calendar."""
-    if times_ms and (min(times_ms) < 0 or max(times_ms) > LAST_MS):
+    if min(times_ms) < 0 or max(times_ms) > LAST_MS:
         raise ValueError("a time beyond the calendar")
 
 
