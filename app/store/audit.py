@@ -29,9 +29,8 @@ class AuditStore:
         one when this one is known to be kept.
         """
         args: list[Argument] = [number, KEPT, REMEMBERED_MS]
-        for event in events:
-            args += [_NUMBERS[event.lane], event.at_ms, _bytes(event.who)]
-            args += [_bytes(event.action), _bytes(event.outcome), _bytes(event.session_id or "")]
+        for at_ms, who, action, session_id, outcome, lane in events:
+            args += (_NUMBERS[lane], at_ms, _bytes(who), action, outcome, _bytes(session_id or ""))
         keys = [self._gateway.keys.audit(f"batch:{writer}"), *self._keys]
         await self._gateway.evaluate("add_audit", keys, args)
 

@@ -115,6 +115,20 @@ async def test_what_many_do_at_once_comes_in_batches(trail: AuditTrail) -> None:
     assert await read_all(trail) == [str(number) for number in range(count)]
 
 
+async def test_what_is_noted_soon_after_one_another_is_written_together(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GATHER_S", 0.1)
+    async with trailing(gateway) as trail:
+        for number in range(30):
+            note(trail, str(number))
+            # Long enough for a batch of its own.
+            await gateway.command("PING")
+        assert len(await read_all(trail)) == 30
+        [written] = await gateway.command("KEYS", gateway.keys.audit("batch:*"))
+        assert 1 < int(await gateway.command("GET", written)) < 10
+
+
 async def test_all_processes_write_one_record(gateway: Gateway) -> None:
     async with trailing(gateway) as one, trailing(gateway) as other:
         note(one, "a")
