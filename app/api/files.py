@@ -111,7 +111,7 @@ async def _download(call: Call, kind: FileKind, absent: Callable[[], AbsentError
         raise absent()
     checksum = file.info.checksum
     if call.if_none_match is not None and call.if_none_match.match_weakly(checksum):
-        return call.not_modified(f'"{checksum}"')
+        return call.not_modified(checksum)
     return Download(file)
 
 
