@@ -114,18 +114,21 @@ class Document(Mapping[str, Any]):
 
     def part(self, name: str, error: type[RequestError] = InvalidRequestError) -> "Document":
         """Return the member `name`, an object, with its bytes as they came. Raises `error`."""
-        if name not in self.value:
+        members = self.value
+        if name not in members:
             fault = Fault(pointer=f"/{name}", code="required", detail="This member is required")
             raise error(f"The member {name!r} is missing", [fault])
-        if not isinstance(self.value[name], dict):
+        value = members[name]
+        if not isinstance(value, dict):
             raise error(f"The member {name!r} must be an object", [_not_an_object(f"/{name}")])
-        value = self.value[name]
-        if self._spelled_plainly:
-            # `{"<name>":<value>}`, where there is no other: what most bodies are.
-            is_alone = len(self.value) == 1
-            text = self.text[len(orjson.dumps(name)) + 2 : -1] if is_alone else orjson.dumps(value)
-            return Document(text, value, spelled_plainly=True)
-        return Document(_member_texts(self.text.decode())[name].encode(), value)
+        if not self._spelled_plainly:
+            return Document(_member_texts(self.text.decode())[name].encode(), value)
+        if len(members) == 1:
+            # `{"<name>":<value>}`, as most bodies are: cut out, where to write it anew takes 1 us.
+            text = self.text[len(orjson.dumps(name)) + 2 : -1]
+        else:
+            text = orjson.dumps(value)
+        return Document(text, value, spelled_plainly=True)
 
     def parts(
         self, at: str, error: type[RequestError] = InvalidRequestError

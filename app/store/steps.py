@@ -101,26 +101,20 @@ class StepStore:
         """
         keys = self._keys.session(session_id)
         named: list[str] = []
-        sent: list[Argument] = []
+        args: list[Argument] = [
+            pin,
+            _tags(precondition.if_match),
+            _tags(precondition.if_none_match),
+            "" if expected_version is None else expected_version,
+            expected_draft or "",
+            rfc3339(at_ms),
+        ]
         prefix = keys.prefix
         for number, data in answers.items():
             named += (f"{prefix}step:{number}", f"{prefix}draft:{number}")
-            sent += (number, data.text)
+            args += (number, data.text)
         reply = await self._gateway.change(
-            "save_steps",
-            keys,
-            named,
-            [
-                pin,
-                _tags(precondition.if_match),
-                _tags(precondition.if_none_match),
-                "" if expected_version is None else expected_version,
-                expected_draft or "",
-                rfc3339(at_ms),
-                *sent,
-            ],
-            at_ms=at_ms,
-            request=request,
+            "save_steps", keys, named, args, at_ms=at_ms, request=request
         )
         if reply.word != "ok":
             _check_done(reply)

@@ -81,6 +81,17 @@ def test_a_part_is_the_very_bytes_of_its_member(
         assert document.part(name).text == part.text
 
 
+@pytest.mark.parametrize("name", ["data", "", "é😀", 'quo"te', "back\\slash", "line\nfeed", "\x7f"])
+@pytest.mark.parametrize("beside", [{}, {"x": [1]}])
+def test_a_part_of_what_is_spelled_plainly_is_its_bytes_whatever_it_is_called(
+    name: str, beside: dict[str, Any]
+) -> None:
+    member = {"a": {"b": "}"}, "c": 1.5}
+    document = Document.parse(orjson.dumps({name: member, **beside}))
+    assert document.part(name).text == orjson.dumps(member)
+    assert document.part(name) == member
+
+
 @given(objects, objects, seeds)
 def test_a_part_of_a_part_keeps_its_bytes_too(
     inner: dict[str, Any], beside: dict[str, Any], seed: int
