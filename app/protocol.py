@@ -9,11 +9,13 @@ way, and so do pipelining, flow control and the end of a connection.
 
 import asyncio
 import re
+from collections import deque
 from functools import lru_cache, partial
 from typing import Any
 
 import structlog
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -97,7 +99,7 @@ class Protocol(HttpToolsProtocol):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Begin a request."""
+        """Begin a request. What is named behind its body is no header of it (RFC 9110 6.5.1)."""
         self._in_head = False
         plain = None if self._is_special else _PLAIN_URL.fullmatch(self.url)
         cycle: Any = self.cycle  # None before the first request, whatever its annotation says
@@ -109,6 +111,7 @@ class Protocol(HttpToolsProtocol):
             self._begin_as_uvicorn_does()
             return
         path, query = plain.groups(b"")
+        headers, self.headers = self.headers, _NOWHERE
         scope: Any = {
             "type": "http",
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
@@ -121,7 +124,7 @@ class Protocol(HttpToolsProtocol):
             "path": path.decode(),
             "raw_path": path,
             "query_string": query,
-            "headers": self.headers,
+            "headers": headers,
             "state": self.app_state.copy(),
             ABORT: self.transport.abort,
         }
@@ -151,6 +154,21 @@ class Protocol(HttpToolsProtocol):
         # ASGI has no word for it: to close under an answer that a client takes no more of.
         scope["headers"], scope[ABORT] = headers, self.transport.abort
         super().on_headers_complete()
+        self.headers = _NOWHERE
+
+    def on_chunk_header(self) -> None:
+        """Begin a piece of a body, or what is named behind the last one: it has an end, too."""
+        self._in_head, self._head_bytes = True, 0
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body."""
+        self._in_head = False
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """End a request that was begun."""
@@ -161,10 +179,12 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request that has come, or wait for one."""
-        if self.pipeline or self.flow.read_paused:
+        if self.pipeline:
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
+        if self.flow.read_paused and not self.transport.is_closing():
+            self.flow.resume_reading()
         # One timer is left to run over many pauses: to set one and to cancel it costs 1.5 us.
         self._idle_since_s = self.loop.time()
         if self.timeout_keep_alive_task is None and not self.transport.is_closing():
@@ -319,6 +339,9 @@ _SPECIAL = frozenset(
     }
 )
 """The headers that uvicorn does something about."""
+
+_NOWHERE: Any = deque(maxlen=0)
+"""Where what is named behind a body is put, instead of into the headers."""
 
 _PLAIN_URL = re.compile(rb"(/(?!/)[A-Za-z0-9/._~-]{0,400})(?:\?([!-\"$-~]{0,400}))?")
 """A URL that is what it says: a path with nothing to decode, and a query."""

@@ -2,9 +2,12 @@
 
 import asyncio
 import gc
+import re
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
@@ -13,7 +16,14 @@ from redis.asyncio import Redis
 from app.main import create_app_from_environment
 from app.protocol import Protocol
 from app.server import make_config
-from tests.service import BASE
+from app.settings import Settings
+from tests.conftest import known_settings
+from tests.connection import Connection, head
+from tests.faults.proxy import Proxy
+from tests.faults.servers import HOST, Valkey
+from tests.service import BASE, serving
+
+Serve = Callable[..., Any]
 
 HEAD = "Host: x\r\nContent-Type: application/json\r\n"
 
@@ -177,3 +187,259 @@ async def test_of_a_connection_that_was_reset_nothing_is_left(api: AsyncClient) 
     async with asyncio.timeout(2):
         while connections() > before:
             await asyncio.sleep(0.01)
+
+
+# --- Plain requests, which are begun and answered with less ---------------------------------------
+
+
+async def begin(connection: Connection) -> str:
+    """Begin a session with one step on a connection, and give its path."""
+    made = await connection.ask("POST", f"{BASE}/session", body=b'{"workspace_id":"w"}')
+    path = f"{BASE}/{made.json['session_id']}"
+    assert (await connection.ask("POST", f"{path}/steps/1", body=b'{"data":{"a":1}}')).status == 200
+    return path
+
+
+def connections() -> list[Protocol]:
+    """Find those that a service in this process has open."""
+    return [
+        each
+        for each in gc.get_objects()
+        if isinstance(each, Protocol) and not each.transport.is_closing()
+    ]
+
+
+async def test_pipelined_requests_are_answered_in_their_order(api: AsyncClient) -> None:
+    async with Connection.open(api) as connection:
+        path = await begin(connection)
+        for number in range(2, 12):
+            # Every other one is plain; some have a body, one is refused, one has no body to answer.
+            aside = {"x-forwarded-proto": "http"} if number % 2 else {}
+            body = b'{"data":{"a":%d}}' % number
+            connection.write("PUT", f"{path}/steps/{number}", aside, body)
+            connection.write("GET", f"{path}/steps/{number}")
+            connection.write("HEAD", f"{path}/progress")
+            connection.write("GET", f"{path}/steps/0")
+            connection.write("GET", f"{path}/steps/%3{number % 10}")
+        for number in range(2, 12):
+            assert (await connection.read()).json["step_id"] == number
+            assert (await connection.read()).json["data"] == {"a": number}
+            assert (await connection.read(bodiless=True)).status == 200
+            assert (await connection.read()).status == 422
+            encoded = await connection.read()
+            assert encoded.json.get("step_id", 0) == (number % 10)
+
+
+async def test_a_slow_request_holds_up_those_behind_it_and_keeps_their_order(
+    serve: Serve, valkey: Valkey
+) -> None:
+    async with Proxy(valkey.port) as proxy:
+        api = await serve(redis_url=f"redis://{HOST}:{proxy.port}/0", redis_timeout_s=30)
+        async with Connection.open(api) as connection:
+            path = await begin(connection)
+            proxy.hold()
+            for target in (f"{path}/steps/1", "/livez", f"{path}/progress", "/nothing"):
+                connection.write("GET", target)
+            await until(lambda: any(each.pipeline for each in connections()))
+            proxy.release()
+            assert (await connection.read()).json["step_id"] == 1
+            assert [(await connection.read()).status for _ in range(3)] == [200, 200, 404]
+
+
+async def test_a_body_may_come_in_pieces_of_any_size(api: AsyncClient) -> None:
+    async with Connection.open(api) as connection:
+        path = await begin(connection)
+        for size, length in ((1, 20), (7, 200), (70_000, 200_000), (300_000, 200_000)):
+            body = b'{"data":{"a":"%b"}}' % (b"x" * length)
+            sent = head("PUT", f"{path}/steps/2", None, body) + body
+            for start in range(0, len(sent), size):
+                connection.writer.write(sent[start : start + size])
+                await connection.writer.drain()
+                await asyncio.sleep(0)
+            assert (await connection.read()).status == 200
+            got = await connection.ask("GET", f"{path}/steps/2")
+            assert len(got.json["data"]["a"]) == length
+
+
+async def test_what_stands_behind_a_body_is_no_header(api: AsyncClient) -> None:
+    async with Connection.open(api) as connection:
+        path = await begin(connection)
+        for aside in ({}, {"x-forwarded-proto": "http"}):
+            told = {"content-type": "application/json", "transfer-encoding": "chunked", **aside}
+            sent = head("PUT", f"{path}/steps/1", told)
+            trailers = b'if-match: "99"\r\nx-request-id: mine\r\ncontent-encoding: gzip\r\n'
+            connection.writer.write(sent + b'10\r\n{"data":{"a":2}}\r\n0\r\n' + trailers + b"\r\n")
+            answer = await connection.read()
+            assert answer.status == 200, answer
+            assert answer.header("x-request-id") != "mine"
+
+
+@pytest.mark.parametrize("begin_of_it", ["X-Long: ", "X-Many: 1\r\n" * 1000 + "X-Long: "])
+async def test_what_stands_behind_a_body_is_not_waited_for_without_end(
+    api: AsyncClient, session_id: str, begin_of_it: str
+) -> None:
+    chunked = "Host: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = '10\r\n{"data":{"a":1}}\r\n0\r\n'
+    sent = f"PUT {BASE}/{session_id}/steps/1 HTTP/1.1\r\n{chunked}{body}{begin_of_it}"
+    answer = "HTTP/1.1 400, lost with what was still on its way"
+    with suppress(ConnectionResetError):
+        answer = await exchange(api, sent + "a" * 4_000_000)
+    assert answer.startswith("HTTP/1.1 400")
+    assert (await api.get(f"{BASE}/{session_id}/steps/1")).status_code == 404
+
+
+async def test_the_rest_of_a_body_that_was_refused_is_no_request(api: AsyncClient) -> None:
+    async with Connection.open(api) as connection:
+        path = await begin(connection)
+        body = b"GET / HTTP/1.1\r\n\r\n" * 20_000
+        connection.writer.write(head("PUT", f"{path}/steps/1", None, body))
+        assert (await connection.read()).status == 413
+        connection.writer.write(body)
+        connection.write("GET", f"{path}/progress")
+        assert (await connection.read()).json["progress"]["completed"] == 1
+
+
+@pytest.mark.parametrize("aside", [{}, {"x-forwarded-proto": "http"}], ids=["plain", "not plain"])
+async def test_a_connection_is_closed_once_it_is_idle_and_not_while_it_is_used(
+    serve: Serve, valkey: Valkey, monkeypatch: pytest.MonkeyPatch, aside: dict[str, str]
+) -> None:
+    monkeypatch.setattr("app.server.KEEP_ALIVE_S", 0.1)
+    large = b'{"data":{"a":"%b"}}' % (b"x" * 200_000)
+    async with Proxy(valkey.port) as proxy:
+        api = await serve(redis_url=f"redis://{HOST}:{proxy.port}/0", redis_timeout_s=30)
+        async with (
+            Connection.open(api) as busy,
+            Connection.open(api) as idle,
+            Connection.open(api) as piped,
+            Connection.open(api) as loaded,
+        ):
+            path = await begin(busy)
+            # Idle after one request, after several at once, and after one that held up the reading.
+            await idle.ask("GET", f"{path}/steps/1", aside)
+            for _ in range(3):
+                piped.write("GET", f"{path}/steps/1", aside)
+            for _ in range(3):
+                await piped.read()
+            assert (await loaded.ask("PUT", f"{path}/steps/2", aside, large)).status == 200
+            proxy.hold()
+            busy.write("GET", f"{path}/steps/1", aside)
+            assert [await each.is_closed() for each in (idle, piped, loaded)] == [True] * 3
+            proxy.release()
+            assert (await busy.read()).status == 200
+            assert await busy.is_closed()
+
+
+async def test_whoever_speaks_an_older_http_or_asks_for_it_is_left_after_the_answer(
+    api: AsyncClient,
+) -> None:
+    async with Connection.open(api) as connection:
+        path = await begin(connection)
+    target = f"GET {path}/steps/1"
+    for sent in (
+        f"{target} HTTP/1.0\r\n\r\n",
+        f"{target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        f"{target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n{target} HTTP/1.1\r\n\r\n",
+        f"{target}?a=%20 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ):
+        answer = await exchange(api, sent)
+        assert answer.startswith("HTTP/1.1 200 OK\r\n")
+        assert answer.count("HTTP/1.1") == 1
+        assert answer.count("connection: close\r\n") == 1
+        assert '"data":{"a":1}' in answer
+
+
+async def test_of_an_answer_that_nobody_takes_little_is_kept(api: AsyncClient) -> None:
+    async with Connection.open(api) as connection:
+        path = await begin(connection)
+        body = b'{"data":{"a":"%b"}}' % (b"x" * 200_000)
+        assert (await connection.ask("PUT", f"{path}/steps/1", body=body)).status == 200
+        [served] = connections()
+        for _ in range(100):
+            connection.write("GET", f"{path}/steps/1")
+        await until(lambda: served.flow.write_paused)
+        # Nothing more happens, however often the loop turns.
+        left = [served.transport.get_write_buffer_size()]
+        for _ in range(100):
+            await asyncio.sleep(0)
+            left.append(served.transport.get_write_buffer_size())
+        assert 0 < max(left) < 3 * len(body)
+        for _ in range(100):
+            assert len((await connection.read()).body) > 200_000
+
+
+LINE_BREAKS = ["\r\n", "\n", "\r", "\r\n ", "\n\t", "\0", "\x0b", "\x85"]
+
+
+@pytest.mark.parametrize("name", ["x-request-id", "idempotency-key", "if-match", "content-type"])
+async def test_nothing_that_is_sent_becomes_a_header_of_the_answer(
+    api: AsyncClient, session_id: str, name: str
+) -> None:
+    for line_break in LINE_BREAKS:
+        told = f"Host: x\r\n{name}: a{line_break}x-made: 1\r\n"
+        sent = request(f"PUT {BASE}/{session_id}/steps/1", '{"data":{"a":1}}', head=told)
+        async with Connection.open(api) as connection:
+            connection.writer.write(sent.encode("latin-1"))
+            answer = await connection.read()
+        assert {each for each, _ in answer.headers} <= {
+            *("date", "cache-control", "content-type", "content-length", "etag", "connection"),
+            "x-request-id",
+        }
+
+
+async def test_who_leaves_while_the_store_answers_leaves_nothing(
+    serve: Serve, valkey: Valkey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with Proxy(valkey.port) as proxy:
+        api = await serve(redis_url=f"redis://{HOST}:{proxy.port}/0", redis_timeout_s=30)
+        async with Connection.open(api) as other:
+            path = await begin(other)
+            before = asyncio.all_tasks()
+            proxy.hold()
+            for body in (b"", b'{"data":{"a":2}}'):
+                async with Connection.open(api) as connection:
+                    connection.write("PUT" if body else "GET", f"{path}/steps/1", body=body)
+                    await until(lambda: any(each.tasks for each in connections()))
+            await until(lambda: len(connections()) == 1)
+            proxy.release()
+            await until(lambda: asyncio.all_tasks() <= before)
+            assert (await other.ask("GET", f"{path}/steps/1")).json["data"] == {"a": 2}
+        said = capsys.readouterr().out
+        assert not re.search("error|warning|Traceback", said), said
+
+
+async def test_a_connection_has_no_dictionary(api: AsyncClient) -> None:
+    async with Connection.open(api) as connection:
+        path = await begin(connection)
+        await connection.ask("GET", f"{path}/steps/1")
+        [served] = connections()
+        owned = [each for each in gc.get_referents(served) if type(each) is dict]
+        assert [each for each in owned if "transport" in each] == []
+
+
+async def test_a_service_that_ends_finishes_what_was_asked_and_leaves_who_is_idle(
+    settings: Settings, valkey: Valkey
+) -> None:
+    async with Proxy(valkey.port) as proxy, AsyncExitStack() as stack:
+        url = f"redis://{HOST}:{proxy.port}/0"
+        own = {**settings.model_dump(exclude_unset=True), "redis_url": url, "redis_timeout_s": 30}
+        api = await stack.enter_async_context(serving(known_settings(**own)))
+        async with Connection.open(api) as busy, Connection.open(api) as idle:
+            path = await begin(busy)
+            await idle.ask("GET", f"{path}/progress")
+            proxy.hold()
+            busy.write("GET", f"{path}/steps/1")
+            await until(lambda: any(each.tasks for each in connections()))
+            ending = asyncio.create_task(stack.aclose())
+            assert await idle.is_closed()
+            proxy.release()
+            answer = await busy.read()
+            assert (answer.status, answer.header("connection")) == (200, "close")
+            assert await busy.is_closed()
+            await ending
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(5):
+        while not is_true():
+            await asyncio.sleep(0.001)
