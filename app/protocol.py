@@ -8,6 +8,7 @@ way, and so do pipelining, flow control and the end of a connection.
 """
 
 import asyncio
+import logging
 import re
 from collections import deque
 from functools import lru_cache, partial
@@ -246,7 +247,7 @@ class Protocol(HttpToolsProtocol):
 class Cycle(RequestResponseCycle):
     """A plain request and its answer, which may be sent as a whole."""
 
-    logger = structlog.get_logger()
+    logger = logging.getLogger("uvicorn.error")
     task: asyncio.Task[None]
 
     def __init__(self, protocol: Protocol, scope: Any) -> None:

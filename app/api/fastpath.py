@@ -11,6 +11,7 @@ both ways and compares the answers and the lines.
 """
 
 import asyncio
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -37,6 +38,9 @@ log = structlog.get_logger()
 LOOK_S = 0.1
 """How often requests are looked through for those whose time is over, in seconds."""
 
+GIVEN_UP = math.inf
+"""What stands for the deadline of a request that was given up at it."""
+
 
 class FastPath:
     """Serves the plain requests by itself, and hands all others on."""
@@ -50,7 +54,6 @@ class FastPath:
         self._origins = frozenset(origin.encode() for origin in origins)
         self._endpoints = dict(_plain_endpoints(routes))
         self._running: dict[asyncio.Task[Any], float] = {}
-        self._overdue: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,51 +85,54 @@ class FastPath:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
         reply: Any = None
+        status, answered_s = CLIENT_CLOSED, 0.0
         try:
-            reply = await endpoint.reply(scope, receive)
-        except asyncio.CancelledError:
-            if task not in self._overdue:
-                raise
-            self._overdue.discard(task)
-            task.uncancel()
-            reply = explain(scope, DeadlineExceededError())
-        except ClientDisconnect:
-            pass  # Nobody is left to answer.
-        except Exception as failure:  # noqa: BLE001 - the last resort, so that nobody sees a stack
-            reply = explain(scope, failure)
+            try:
+                reply = await endpoint.reply(scope, receive)
+            except asyncio.CancelledError:
+                if self._running[task] != GIVEN_UP:
+                    raise
+                task.uncancel()
+                reply = explain(scope, DeadlineExceededError())
+            except ClientDisconnect:
+                pass  # Nobody is left to answer.
+            except Exception as failure:  # noqa: BLE001 - the last resort, nobody sees a stack
+                reply = explain(scope, failure)
+            finally:
+                del self._running[task]
+            answered_s = monotonic_s()
+            if reply is not None:
+                more = f"x-request-id: {request_id}\r\n"
+                if STANDINGS in scope:
+                    more += describe_limits(scope[STANDINGS])
+                if is_stopping(scope):
+                    more += "connection: close\r\n"
+                if type(reply) is Reply:
+                    status, head = reply.status, reply.head
+                else:
+                    status = reply.status_code
+                    head = b"".join([b"%b: %b\r\n" % pair for pair in reply.raw_headers])
+                await scope[WHOLE](status, head + more.encode(), reply.body)
         finally:
-            del self._running[task]
-        answered_s, status = monotonic_s(), CLIENT_CLOSED
-        if reply is not None:
-            more = f"x-request-id: {request_id}\r\n"
-            if STANDINGS in scope:
-                more += describe_limits(scope[STANDINGS])
-            if is_stopping(scope):
-                more += "connection: close\r\n"
-            if type(reply) is Reply:
-                status, head = reply.status, reply.head
-            else:
-                status = reply.status_code
-                head = b"".join([b"%b: %b\r\n" % pair for pair in reply.raw_headers])
-            await scope[WHOLE](status, head + more.encode(), reply.body)
-        count_request(route, scope["method"], status, answered_s - begun_s)
-        self._log.info(
-            "request_served",
-            method=scope["method"],
-            route=route,
-            status=status,
-            duration_ms=round((monotonic_s() - begun_s) * 1000, 2),
-            redis_commands=context.meter.commands,
-            retries=context.meter.retries,
-            principal=context.principal.label,
-        )
+            method, ended_s = scope["method"], monotonic_s()
+            count_request(route, method, status, (answered_s or ended_s) - begun_s)
+            self._log.info(
+                "request_served",
+                method=method,
+                route=route,
+                status=status,
+                duration_ms=round((ended_s - begun_s) * 1000, 2),
+                redis_commands=context.meter.commands,
+                retries=context.meter.retries,
+                principal=context.principal.label,
+            )
 
     def _look(self) -> None:
         """Give up on requests whose time is over."""
         now_s = monotonic_s()
         for task, deadline_s in self._running.items():
-            if deadline_s < now_s and task not in self._overdue:
-                self._overdue.add(task)
+            if deadline_s < now_s:
+                self._running[task] = GIVEN_UP
                 task.cancel()
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(LOOK_S, self._look) if self._running else None

@@ -104,7 +104,7 @@ class Served:
         self.sent: Counter[str] = Counter()
         self.layered: Counter[str] = Counter()
         self._log = log
-        self._said: list[dict[str, Any]] = []
+        self.said: list[dict[str, Any]] = []
         self._layers = self.fast_path.app
         self.fast_path.app = self
 
@@ -146,8 +146,8 @@ class Served:
 
     def lines(self, request_id: str) -> list[dict[str, Any]]:
         """Give what was logged of a request, without its times."""
-        self._said += self._log.lines()
-        lines = [line for line in self._said if line.get("request_id") == request_id]
+        self.said += self._log.lines()
+        lines = [line for line in self.said if line.get("request_id") == request_id]
         for line in lines:
             for name in ("timestamp", "duration_ms"):
                 line.pop(name, None)
@@ -626,6 +626,40 @@ async def test_a_service_that_stops_sends_clients_elsewhere_either_way(serve: Se
     async with service.begun(FAST, places[FAST], SAVE) as (connection, _):
         await connection.read()
         assert await connection.is_closed()
+
+
+async def test_what_does_not_end_with_the_service_is_ended_alike(
+    settings: Settings, valkey: Valkey, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.server.GRACE_S", 0.05)
+    async with Proxy(valkey.port) as proxy:
+        url = f"redis://{proxy.host}:{proxy.port}/0"
+        chosen = {**settings.model_dump(exclude_unset=True), **AUTH, "redis_url": url}
+        async with AsyncExitStack() as stack, AsyncExitStack() as requests:
+            running = served(known_settings(**chosen, redis_timeout_s=30), log)
+            service = await stack.enter_async_context(running)
+            places = await begin(service)
+            proxy.hold()
+            begun = [
+                await requests.enter_async_context(service.begun(way, places[way], SAVE))
+                for way in WAYS
+            ]
+            async with asyncio.timeout(5):
+                while service.services.in_flight.count < len(WAYS):
+                    await asyncio.sleep(0.001)
+            await stack.aclose()
+            seen = []
+            for connection, request_id in begun:
+                assert (await connection.read()).status == 500
+                [line] = [each for each in service.lines(request_id) if each["event"] == SERVED]
+                seen.append({**line, "request_id": "", "session_id": ""})
+            assert seen[0]["status"] == 499
+            assert seen[0] == seen[1]
+            assert service.fast_path._running == {}
+    # What the server says of it is told in our words.
+    events = {line["event"] for line in [*service.said, *log.lines()]}
+    assert "library_message_logged" in events
+    assert [each for each in events if not re.fullmatch("[a-z_]+", each)] == []
 
 
 # --- Whatever is sent -----------------------------------------------------------------------------
