@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import redis
+from redis.asyncio.cluster import ClusterNode
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -324,6 +325,19 @@ class ClusterSet(_ServerSet):
             for follower in followers:
                 wait_until(partial(follows, follower), SET_READY_S, "a replica follows its master")
             return cls(stack.pop_all(), nodes, followers)
+
+    @contextmanager
+    def migrating(self, slot: int, source: ClusterNode, target: ClusterNode) -> Iterator[None]:
+        """Have a slot on its way: its source answers ASK for what it does not hold."""
+        giver = next(node for node in self.nodes if node.port == source.port)
+        taker = next(node for node in self.nodes if node.port == target.port)
+        taker.command("CLUSTER", "SETSLOT", slot, "IMPORTING", giver.command("CLUSTER", "MYID"))
+        giver.command("CLUSTER", "SETSLOT", slot, "MIGRATING", taker.command("CLUSTER", "MYID"))
+        try:
+            yield
+        finally:
+            for node in (giver, taker):
+                node.command("CLUSTER", "SETSLOT", slot, "STABLE")
 
     @property
     def url(self) -> str:

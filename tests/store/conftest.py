@@ -1,11 +1,17 @@
 """What the tests of the store share: a proxy before the real store, managers with any settings."""
 
+import datetime as dt
 from collections.abc import AsyncIterator
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import structlog
 import time_machine
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from fakeredis import FakeServer
 from redis.asyncio import Redis
 
@@ -14,7 +20,7 @@ from app.store.connect import connect
 from app.store.gateway import Gateway
 from tests.conftest import QUICKLY, fake_gateway, known_settings
 from tests.faults.proxy import Proxy
-from tests.faults.servers import Valkey
+from tests.faults.servers import HOST, Valkey
 from tests.store.sessions import Place, working_at
 
 
@@ -81,3 +87,34 @@ def logs_that_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget loggers that a service of another test has bound to its own configuration."""
     for module in ("app.store.faults", "app.store.gateway", "app.store.subscription"):
         monkeypatch.setattr(f"{module}.log", structlog.get_logger())
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for localhost that signs itself, and its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    names = [x509.DNSName("localhost"), x509.IPAddress(ip_address(HOST))]
+    now = dt.datetime.now(dt.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_bytes(
+        signed.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return path

@@ -1,20 +1,15 @@
 import asyncio
-import datetime as dt
 import hashlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from ipaddress import ip_address
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 import uvloop
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from redis.asyncio import RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.sentinel import MasterNotFoundError
@@ -64,37 +59,6 @@ def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelSet]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSet]:
     with ClusterSet.start(tmp_path_factory.mktemp("cluster")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for localhost that signs itself, and its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ip_address(HOST))]
-    now = dt.datetime.now(dt.UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    path.write_bytes(
-        signed.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return path
 
 
 @asynccontextmanager
@@ -318,7 +282,7 @@ class TestAClusterRedirects:
             connections = [target.acquire_connection() for _ in range(idle)]
             for connection in connections:
                 target.release(connection)
-            with _migrating(cluster, slot, source, target):
+            with cluster.migrating(slot, source, target):
                 assert await client.set("{ask}", idle) is True
                 assert await client.get("{ask}") == str(idle).encode()
                 await client.delete("{ask}")
@@ -328,7 +292,7 @@ class TestAClusterRedirects:
             await client.delete("{ask}")
             slot, source, target = _slot(client, "{ask}")
             await client.nodes_manager.nodes_cache.pop(target.name).disconnect()
-            with _migrating(cluster, slot, source, target):
+            with cluster.migrating(slot, source, target):
                 assert await client.get("{ask}") is None
 
     async def test_an_error_after_ask_is_raised(self, cluster: ClusterSet) -> None:
@@ -336,7 +300,7 @@ class TestAClusterRedirects:
             await client.delete("{ask}")
             slot, source, target = _slot(client, "{ask}")
             with (
-                _migrating(cluster, slot, source, target),
+                cluster.migrating(slot, source, target),
                 pytest.raises(ResponseError, match="value is not an integer"),
             ):
                 await client.execute_command("INCRBY", "{ask}", "x")
@@ -398,22 +362,6 @@ def _slot(client: RedisCluster, key: str) -> tuple[int, ClusterNode, ClusterNode
     assert owner is not None
     other = next(node for node in client.get_primaries() if node != owner)
     return key_slot(key.encode()), owner, other
-
-
-@contextmanager
-def _migrating(
-    cluster: ClusterSet, slot: int, source: ClusterNode, target: ClusterNode
-) -> Iterator[None]:
-    """Have a slot on its way: its source answers ASK for what it does not hold."""
-    giver = next(node for node in cluster.nodes if node.port == source.port)
-    taker = next(node for node in cluster.nodes if node.port == target.port)
-    taker.command("CLUSTER", "SETSLOT", slot, "IMPORTING", giver.command("CLUSTER", "MYID"))
-    giver.command("CLUSTER", "SETSLOT", slot, "MIGRATING", taker.command("CLUSTER", "MYID"))
-    try:
-        yield
-    finally:
-        for node in (giver, taker):
-            node.command("CLUSTER", "SETSLOT", slot, "STABLE")
 
 
 class TestNoConnectionIsFree:
