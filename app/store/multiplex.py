@@ -187,17 +187,26 @@ class SharedConnection:
         wire.write(packed)
 
     async def _open(self) -> None:
+        try:
+            self._wire = await self._connect()
+        except Exception as failure:  # noqa: BLE001 - whatever it is, those who wait hear it
+            self._fail_queue(failure)
+        except asyncio.CancelledError:
+            self._fail_queue(LostConnectionError("The connection was given up before it was open"))
+            raise
+        finally:
+            self._opening = None
+        self._go_on()
+
+    async def _connect(self) -> "_Wire":
         connection = self._make_connection()
         try:
             async with asyncio.timeout(self._open_s):
                 await connection.connect()  # type: ignore[no-untyped-call]
-            self._wire = _Wire(connection, self._timeout_s, self._lose)
-        except Exception as failure:  # noqa: BLE001 - whatever it is, those who wait hear it
-            self._fail_queue(failure)
+            return _Wire(connection, self._timeout_s, self._lose)
         finally:
-            self._opening = None
+            # What was handed over is not its own any more.
             await connection.disconnect(nowait=True)
-        self._go_on()
 
     def _lose(self, wire: "_Wire", failure: Exception) -> None:
         self._left.discard(wire)

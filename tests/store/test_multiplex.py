@@ -509,6 +509,29 @@ class TestAConnectionThatBreaks:
             server.greets = True
             await works(shared)
 
+    @in_each_loop
+    async def test_whatever_ends_an_attempt_nobody_waits_on(self, server: EchoServer) -> None:
+        async with connected(server) as shared:
+            server.greets = False
+            asked = [ask(shared, "ECHO", "a") for _ in range(3)]
+            await until(lambda: server.opened == 1)
+            (opening,) = (t for t in asyncio.all_tasks() if t.get_name() == "shared-connection")
+            opening.cancel()
+            await are(await all_of(*asked), LostConnectionError)
+            server.greets = True
+            await works(shared)
+
+    @in_each_loop
+    async def test_what_is_refused_on_opening_is_told(self, server: EchoServer) -> None:
+        def make_connection() -> Any:
+            raise ValueError("no such address")
+
+        shared = SharedConnection(make_connection, callbacks={}, timeout_s=1.0, open_s=1.0)
+        for _ in range(2):
+            await are(await all_of(ask(shared, "ECHO", "a"), ask(shared, "ECHO", "b")), ValueError)
+        await shared.aclose()
+        assert server.opened == 0
+
 
 class TestWhatNobodyAskedFor:
     @in_each_loop
