@@ -38,8 +38,8 @@ MOST_BYTES = 32 * 1024 * 1024
 """How much may wait to be sent, in bytes: 128 of the largest steps."""
 
 ONCE_MORE_S = 0.01
-"""How long an overdue reply is waited for once more, in seconds: a loop that was held up looks at
-its timers before it reads what has come meanwhile."""
+"""How long an overdue reply is waited for once more, in seconds, and again after each that comes: a
+loop that was held up has not read yet what has come meanwhile, and may need many turns for that."""
 
 
 # Its stub knows only commands of one word.
@@ -253,7 +253,7 @@ class _Wire(asyncio.Protocol):
         # How many replies there will have been when those to a flush are there, and when that left.
         self._flushes: deque[tuple[int, float]] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._is_overdue = False
+        self._seen_overdue: int | None = None
         self.is_paused = False
         self._is_leaving = False
         self._failure: Exception = LostConnectionError("The server closed the connection")
@@ -334,12 +334,13 @@ class _Wire(asyncio.Protocol):
         if not self._flushes:
             return
         now_s, due_s = self._loop.time(), self._flushes[0][1] + self._timeout_s
-        if due_s <= now_s and self._is_overdue:
+        if now_s < due_s:
+            self._timer = self._loop.call_at(due_s, self._look)
+        elif self._seen_overdue != self._taken:
+            self._seen_overdue = self._taken
+            self._timer = self._loop.call_at(now_s + ONCE_MORE_S, self._look)
+        else:
             self.drop(StoreTimeoutError("Timeout reading from the store"))
-            return
-        self._is_overdue = due_s <= now_s
-        at_s = now_s + ONCE_MORE_S if self._is_overdue else due_s
-        self._timer = self._loop.call_at(at_s, self._look)
 
     def _end(self) -> None:
         if self._timer is not None:

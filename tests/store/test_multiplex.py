@@ -5,6 +5,7 @@ import gc
 import os
 import select
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -400,6 +401,28 @@ class TestAnOverdueReply:
             arrive(server.peer, 1)
             time.sleep(2 * SHORT_S)
             assert await all_of(first, second) == [b"a", b"b"]
+            assert server.opened == 1
+
+    @in_each_loop
+    async def test_nor_one_of_many_that_are_still_being_read(self, server: EchoServer) -> None:
+        async with connected(server, timeout_s=SHORT_S) as shared:
+            await hello(shared)
+            server.is_holding = True
+
+            async def fill(size: int) -> int:
+                answer = await shared.send([("FILL", size)])
+                time.sleep(ONCE_MORE_S / 2)
+                return len(answer)
+
+            asked = []
+            for number in range(8):
+                asked.append(asyncio.create_task(fill(500_000 + number)))
+                await server.got(2 + number)
+            arriving = threading.Thread(target=arrive, args=[server.peer])
+            arriving.start()
+            time.sleep(2 * SHORT_S)
+            assert await all_of(*asked) == [500_000 + number for number in range(8)]
+            arriving.join()
             assert server.opened == 1
 
     @in_each_loop
