@@ -241,7 +241,6 @@ class _Wire(asyncio.Protocol):
         """Take over a connection that redis-py has opened."""
         self.waiting: deque[_Sink] = deque()
         self.opened_s = monotonic_s()
-        self.has_served = False
         self._timeout_s = timeout_s
         self._lose = lose
         self._loop = asyncio.get_running_loop()
@@ -259,6 +258,11 @@ class _Wire(asyncio.Protocol):
         self._failure: Exception = LostConnectionError("The server closed the connection")
         self._transport: Any = self._writer.transport
         self._transport.set_protocol(self)
+
+    @property
+    def has_served(self) -> bool:
+        """Whether anybody has had a reply."""
+        return self._taken > 0
 
     @property
     def unsent(self) -> int:
@@ -309,7 +313,6 @@ class _Wire(asyncio.Protocol):
             # Not a reply, or one that nobody asked for: whose the next would be, nobody knows.
             self.drop(InvalidResponse(str(failure)))
             return
-        self.has_served = True
         self._taken += before - len(waiting)
         if self._is_leaving and not waiting:
             self._transport.close()

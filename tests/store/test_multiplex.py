@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -494,6 +495,35 @@ class TestAConnectionThatBreaks:
             server.takes = True
             await works(shared)
             assert server.opened == 4
+
+    @in_each_loop
+    async def test_nor_when_it_ends_as_soon_as_it_is_open(self, server: EchoServer) -> None:
+        parting: list[tuple[bytes, type[Exception]]] = [
+            (b"", LostConnectionError),
+            (b">1\r\n+goodbye\r\n", LostConnectionError),
+            (b"$5\r\nhel", LostConnectionError),
+            (b"HTTP/1.1 400 Bad Request\r\n", InvalidResponse),
+        ]
+        server.is_holding = True
+        for (says, kind), delay_s in product(parting, (0, 0.002)):
+            opened = server.opened
+
+            def leave(peer: Peer, says: bytes = says) -> None:
+                peer.say(says)
+                peer.transport.close()
+
+            def leave_soon(peer: Peer, leave: Any = leave, delay_s: float = delay_s) -> None:
+                if delay_s:
+                    asyncio.get_running_loop().call_later(delay_s, leave, peer)
+                else:
+                    leave(peer)
+
+            server.on_open = leave_soon
+            async with connected(server) as shared:
+                failures = await all_of(*(ask(shared, "ECHO", "a") for _ in range(3)))
+                assert {type(each) for each in failures} <= {kind, LostConnectionError}
+                await asyncio.sleep(0.02)
+                assert server.opened == opened + 1
 
     @in_each_loop
     async def test_for_one_that_cannot_be_opened_everybody_who_waits_for_it_hears_so(
