@@ -206,11 +206,12 @@ class SteadyConnection(AbstractConnection):
         """Give away what an open connection writes to, and what makes an error of a reply's text.
 
         What is left is a connection that is not open. The writer closes its transport when nobody
-        holds it any more.
+        holds it any more. Raises ConnectionError for one that the server has closed already: of
+        that, who takes it over would not hear.
         """
-        writer = self._writer
-        if writer is None:
-            raise LostConnectionError("The connection is not open")
+        reader, writer = self._reader, self._writer
+        if reader is None or writer is None or reader.at_eof() or writer.transport.is_closing():
+            raise LostConnectionError("The server closed the connection")
         self._reader = self._writer = None
         return writer, self._parser.parse_error
 

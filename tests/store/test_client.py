@@ -356,6 +356,20 @@ def test_a_connection_that_has_broken_says_so_in_every_loop(
         runner.run(send_over_a_broken_one())
 
 
+async def test_a_connection_that_the_server_has_closed_is_not_handed_over(server: Valkey) -> None:
+    async with client_of(server.url) as client:
+        connection = client.connection_pool.make_connection()
+        await connection.connect()
+        server.command("CLIENT", "KILL", "TYPE", "normal")
+        async with asyncio.timeout(5.0):
+            while not connection._reader.at_eof():
+                await asyncio.sleep(0.001)
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                connection.hand_over()
+            await connection.disconnect(nowait=True)
+
+
 def _slot(client: RedisCluster, key: str) -> tuple[int, ClusterNode, ClusterNode]:
     """The key's slot, the node that has it, and one that does not."""
     owner = client.get_node_from_key(key)
