@@ -146,8 +146,8 @@ class SharedCluster:
         for tries_left in reversed(range(REDIRECTIONS)):
             if client.is_to_look:
                 await self._look()
-            node = asked or client.node_of(key)
             try:
+                node = asked or client.node_of(key)
                 return await self._to(node).send(commands, asking=asked is not None)
             except MovedError as moved:
                 await client.nodes_manager.move_slot(moved)

@@ -15,6 +15,7 @@ from redis.exceptions import (
     MovedError,
     NoScriptError,
     ResponseError,
+    SlotNotCoveredError,
     TryAgainError,
 )
 from redis.exceptions import ConnectionError as LostConnectionError
@@ -340,6 +341,17 @@ class TestACluster:
                 assert await link.send(elsewhere, [("SET", elsewhere, "1")]) is True
             finally:
                 replica.thaw()
+
+    async def test_a_slot_that_nobody_serves_has_the_nodes_asked_again(
+        self, cluster: ClusterSet
+    ) -> None:
+        async with shared(cluster.url) as link:
+            await link.send("{none}", [("GET", "{none}")])
+            slot, _, _ = slot_of(link, "{none}")
+            link._client.nodes_manager.slots_cache[slot] = []
+            with pytest.raises(SlotNotCoveredError):
+                await link.send("{none}", [("GET", "{none}")])
+            assert await link.send("{none}", [("GET", "{none}")]) is None
 
     async def test_when_it_is_down_the_nodes_are_asked_again(self, cluster: ClusterSet) -> None:
         async with shared(cluster.url) as link:
