@@ -67,7 +67,11 @@ class Link(Protocol):
         """Ask every server that takes writes, and give their answers."""
 
     async def leave(self, since_s: float) -> None:
-        """Have each connection opened before that time (`clock.monotonic_s`) made anew."""
+        """Have connections made anew that answered to a call begun at that time.
+
+        `since_s` is one of `clock.monotonic_s`; a connection that is younger, and has answered
+        nobody yet, is none of them.
+        """
 
     async def aclose(self) -> None:
         """Close every connection."""

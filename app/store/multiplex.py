@@ -114,12 +114,13 @@ class SharedConnection:
         return answer if callback is None else callback(answer)
 
     def leave(self, opened_before_s: float) -> None:
-        """Use it no more if it was opened before a time of `clock.monotonic_s`.
+        """Use it no more if it was opened before a time of `clock.monotonic_s`, or has been used.
 
-        What is on its way over it may finish; what comes next opens another.
+        What is on its way over it may finish; what comes next opens another. Who waited for it to
+        be opened asked before that, and what they complain of came over it all the same.
         """
         wire = self._wire
-        if wire is not None and wire.opened_s < opened_before_s:
+        if wire is not None and (wire.has_served or wire.opened_s < opened_before_s):
             self._wire = None
             self._left.add(wire)
             wire.close_when_done()

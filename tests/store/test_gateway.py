@@ -34,7 +34,7 @@ from app.errors import (
 from app.services.manager import make_manager
 from app.store.client import make_client
 from app.store.connect import connect
-from app.store.faults import Remedy, judge
+from app.store.faults import Remedy, TooMuchAtOnceError, judge
 from app.store.gateway import Gateway, RetryPolicy
 from app.store.keys import Keys
 from app.store.links import PooledLink
@@ -656,6 +656,17 @@ class TestAnOutage:
                     await place.manager.get_progress("s")
 
 
+async def test_a_demoted_master_is_left_before_every_attempt(server: Valkey, front: Proxy) -> None:
+    async with working_at(url_of(front)) as place:
+        session_id = await prepare(place.manager)
+        server.command("REPLICAOF", HOST, 1)
+        before = front.commands.copy()
+        with pytest.raises(StoreReadonlyError):
+            await place.manager.save_step(session_id, 1, {"a": 2})
+        sent = front.commands - before
+        assert (sent["EVALSHA"], sent["HELLO"]) == (4, 3)
+
+
 class TestTwoEventLoops:
     def test_one_after_the_other_share_a_manager_that_was_closed_between(
         self, valkey: Valkey
@@ -726,6 +737,7 @@ FAULTS: list[tuple[Exception, Remedy, type[OnboardingError] | None]] = [
     (redis_errors.ResponseError("TRYAGAIN Multiple keys"), RETRY, StoreUnavailableError),
     (redis_errors.ExternalAuthProviderError("LDAP service"), RETRY, StoreUnavailableError),
     (redis_errors.ConnectionError("No connection available."), RETRY, OverloadedError),
+    (TooMuchAtOnceError(), RETRY, OverloadedError),
     # It would fail the same way again.
     (redis_errors.AuthenticationError("invalid password"), GIVE_UP, StoreUnavailableError),
     (

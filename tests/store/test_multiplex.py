@@ -718,13 +718,21 @@ class TestLeave:
             assert server.opened == 2
 
     @in_each_loop
-    async def test_one_that_is_younger_is_kept(self, server: EchoServer) -> None:
+    async def test_one_that_is_younger_is_kept_until_it_answers(self, server: EchoServer) -> None:
         async with connected(server) as shared:
             since_s = monotonic_s()
-            await hello(shared)
+            server.is_holding = True
+            asked = ask(shared, "ECHO", "a")
+            await server.got(1)
             shared.leave(since_s)
+            assert shared.is_open
+            server.release()
+            assert await asked == b"a"
+            # What it answered may be why it is to be left.
+            shared.leave(since_s)
+            assert not shared.is_open
             await works(shared)
-            assert server.opened == 1
+            assert server.opened == 2
 
     @in_each_loop
     async def test_one_that_was_left_may_break(self, server: EchoServer) -> None:
