@@ -33,11 +33,11 @@ class Connection:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, api: AsyncClient) -> AsyncIterator[Self]:
-        """Connect to a service for the length of a block, in which everything is there soon."""
+    async def open(cls, api: AsyncClient, *, limit_s: float = 20.0) -> AsyncIterator[Self]:
+        """Connect to a service for the length of a block, which may take so long."""
         reader, writer = await asyncio.open_connection(api.base_url.host, api.base_url.port)
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(limit_s):
                 yield cls(reader, writer)
         finally:
             writer.close()

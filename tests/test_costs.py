@@ -14,8 +14,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 # What was counted: `python -m tests.costs` prints it anew, in the order of `Cost`.
 COSTS = {
-    "save a step over another": Cost(1, 1602, 105, 3486, 131),
-    "save a new step": Cost(1, 1605, 105, 3525, 132),
+    "save a step over another": Cost(1, 1602, 104, 3525, 132),
+    "save a new step": Cost(1, 1605, 105, 3486, 131),
     "read a step": Cost(1, 74, 1049, 2602, 97),
     "read the progress": Cost(1, 215, 131, 2578, 94),
     "summarize": Cost(1, 1653, 901, 3327, 122),
@@ -36,7 +36,7 @@ def counted() -> tuple[Mapping[str, Cost], Mapping[str, int]]:
         [sys.executable, "-m", "tests.costs", "--json"],
         cwd=REPOSITORY,
         capture_output=True,
-        timeout=60,
+        timeout=110,
         check=True,
     )
     costs, garbage = json.loads(told.stdout)
@@ -65,6 +65,6 @@ def test_a_request_takes_no_more_instructions_than_it_did(name: str, counted: Co
 
 
 def test_a_request_leaves_nothing_for_the_garbage_collector(counted: Counted) -> None:
-    # What goes on beside the requests may leave a little, once in a while.
+    # What goes on beside the requests may leave a little, if hardly in every round.
     assert {name: left for name, left in counted[1].items() if left >= LOOKED_AT} == {}
     assert counted[1].keys() <= REQUESTS.keys()
