@@ -68,7 +68,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = True
         self._is_special = False
         self._refused = False
-        self._idle_since_s: float | None = None
+        self._idle_since_s = 0.0
         # Who comes through no proxy needs nobody who looks for one.
         app: Any = self.app
         self._direct_app = app.app if isinstance(app, ProxyHeadersMiddleware) else app
@@ -192,12 +192,14 @@ class Protocol(HttpToolsProtocol):
             self._close_when_idle_at(self._idle_since_s + self.timeout_keep_alive)
 
     def _unset_keepalive_if_required(self) -> None:
-        self._idle_since_s = None
+        self._idle_since_s = self.loop.time()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if nothing has come for long enough."""
+        """Close the connection if nothing has come for long enough, and nothing is being served."""
         self.timeout_keep_alive_task = None
-        if self._idle_since_s is None:
+        cycle: Any = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            # The end of that request sets the timer again.
             return
         at_s = self._idle_since_s + self.timeout_keep_alive
         if at_s > self.loop.time():
@@ -226,7 +228,8 @@ class Protocol(HttpToolsProtocol):
                 # The request before it is still being answered; close when that is done.
                 cycle.keep_alive = False
                 return
-            if cycle.response_started:
+            if cycle.response_started or self.pipeline:
+                # It would be taken for the rest of that answer, or for the answer to another.
                 self.transport.close()
                 return
         request_id = new_request_id()
@@ -283,14 +286,17 @@ class Cycle(RequestResponseCycle):
             await self.run_asgi(partial(_raise, failure))
         finally:
             self._tasks.discard(self.task)
-            # It leads back here: a circle would be left for the garbage collector.
+            # Both lead back here: circles would be left for the garbage collector.
             scope: Any = self.scope
             del scope[WHOLE]
+            self.on_response = _nothing
 
     async def receive(self) -> Any:
         """Give what has come of the body; all of it, when it came with the head."""
         if self.more_body or self.disconnected or self.response_complete or self._is_read:
-            return await super().receive()
+            message: Any = await super().receive()
+            self._is_read = self._is_read or not message.get("more_body", False)
+            return message
         self._is_read = True
         self.message_event.clear()
         body, self.body = self.body, bytearray()
@@ -316,6 +322,10 @@ class Cycle(RequestResponseCycle):
         if not self.keep_alive:
             self.transport.close()
         self.on_response()
+
+
+def _nothing() -> None:
+    """What an answer that has ended sets off."""
 
 
 @lru_cache(maxsize=8)

@@ -95,7 +95,11 @@ class AccessMiddleware:
             else:
                 scope[STANDINGS] = (standing,)
             if refusal is not None:
-                raise refusal
+                try:
+                    raise refusal
+                finally:
+                    # It leads back here: a circle would be left for the garbage collector.
+                    refusal = None
             if principal.kind not in self._kinds:
                 check_access(access, principal)
             return await self._go(scope, receive, send)

@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Reply:
     """A JSON answer, there as a whole; Starlette's takes 4 us more to be made.
 
-    `extra` are further headers, in lower case.
+    `extra` are further headers, in lower case; no value holds a line break.
     """
 
     __slots__ = ("body", "extra", "status")

@@ -19,11 +19,11 @@ store says what its clock shows, and it is sent again at once: no host's clock n
 import asyncio
 import math
 import os
+import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
@@ -64,8 +64,9 @@ T = TypeVar("T")
 class RetryPolicy:
     """How long a call may take, how often and when one that failed is sent again.
 
-    `send_s` limits one sending, whatever the client does meanwhile (a Cluster client looks for its
-    nodes one after the other, and lets every caller queue for that).
+    `send_s` is how long a sending counts: what reaches the store later does nothing, and one over a
+    connection of its own is given up. Over the shared one, which may have to be opened, it takes as
+    long to open it at most, and as long again as one reply may take.
 
     `attempts` counts the first sending. The wait before the n-th repeat is `base_s` * 2^(n-1) plus
     a random part of up to `jitter_s`: full jitter would give up within a two-second outage in 15 %
@@ -489,9 +490,9 @@ class _Repeats(stop_base):
 
 
 class _Operations:
-    """Names operations: 96 random bits a process, counted up; a system call for each took 0.7 us.
+    """Names operations by 96 random bits; to ask the system for each took 0.7 us.
 
-    A process that was forked begins with others, or two would count up from the same ones.
+    A process that was forked begins with others, or two would name alike.
     """
 
     def __init__(self) -> None:
@@ -500,11 +501,11 @@ class _Operations:
 
     def renew(self) -> None:
         """Begin with others."""
-        self._numbers = count(int.from_bytes(os.urandom(12)))
+        self._draw = random.Random(os.urandom(32)).getrandbits  # noqa: S311 - a name is no secret
 
     def new(self) -> str:
         """Name one: hexadecimal digits."""
-        return f"{next(self._numbers):x}"
+        return f"{self._draw(96):024x}"
 
 
 new_operation = _Operations().new

@@ -166,7 +166,7 @@ class SharedCluster:
                 if not tries_left:
                     raise
                 await asyncio.sleep(TRY_AGAIN_S)
-            except (LostConnectionError, StoreTimeoutError):
+            except (LostConnectionError, StoreTimeoutError, TimeoutError):
                 client.ask_last(node)
                 raise
             except (ClusterDownError, SlotNotCoveredError):

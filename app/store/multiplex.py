@@ -165,7 +165,7 @@ class SharedConnection:
         self._is_flush_due = False
         wire = self._wire
         if wire is None:
-            self._flush_soon()
+            self._go_on()
             return
         if self._wait is not None and wire.waiting:
             # The server is held by WAIT; when that is answered, this is done again.
@@ -253,7 +253,8 @@ class _Wire(asyncio.Protocol):
         # How many replies there will have been when those to a flush are there, and when that left.
         self._flushes: deque[tuple[int, float]] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._seen_overdue: int | None = None
+        self._reads = 0
+        self._seen_reads: int | None = None
         self.is_paused = False
         self._is_leaving = False
         self._failure: Exception = LostConnectionError("The server closed the connection")
@@ -298,6 +299,7 @@ class _Wire(asyncio.Protocol):
         """Hand out what has come."""
         reader, waiting = self._reader, self.waiting
         before = len(waiting)
+        self._reads += 1
         reader.feed(data)
         try:
             while (reply := reader.gets()) is not _NOT_YET:
@@ -312,6 +314,7 @@ class _Wire(asyncio.Protocol):
                     sink.set_result(reply)
         except (InvalidResponse, IndexError) as failure:
             # Not a reply, or one that nobody asked for: whose the next would be, nobody knows.
+            self._taken += before - len(waiting)
             self.drop(InvalidResponse(str(failure)))
             return
         self._taken += before - len(waiting)
@@ -339,10 +342,14 @@ class _Wire(asyncio.Protocol):
             return
         now_s, due_s = self._loop.time(), self._flushes[0][1] + self._timeout_s
         if now_s < due_s:
+            self._seen_reads = None
             self._timer = self._loop.call_at(due_s, self._look)
-        elif self._seen_overdue != self._taken:
-            self._seen_overdue = self._taken
-            self._timer = self._loop.call_at(now_s + ONCE_MORE_S, self._look)
+        elif self._reads != self._seen_reads:
+            # It is on its way, or is about to be read.
+            is_first = self._seen_reads is None
+            self._seen_reads = self._reads
+            pause_s = ONCE_MORE_S if is_first else max(ONCE_MORE_S, self._timeout_s / 4)
+            self._timer = self._loop.call_at(now_s + pause_s, self._look)
         else:
             self.drop(StoreTimeoutError("Timeout reading from the store"))
 
