@@ -351,6 +351,8 @@ class Looks:
             await self.look()
 
     async def __aenter__(self) -> "Looks":
+        # With the connections open by then, there is time for many while 200 are made.
+        await self.look()
         self._task = asyncio.create_task(self.go_on())
         return self
 
