@@ -25,13 +25,12 @@ from app.api.access import AccessMiddleware
 from app.api.calls import Reply
 from app.api.dispatch import Resource
 from app.api.headers import describe_limits, is_request_id
-from app.api.middleware import FIELDS, STANDINGS, is_stopping
+from app.api.middleware import FIELDS, STANDINGS, is_stopping, tell_served
 from app.api.problems import CLIENT_CLOSED, explain
 from app.api.streaming import WHOLE
 from app.clock import monotonic_s
 from app.context import RequestContext, new_request_id, set_context
 from app.errors import DeadlineExceededError
-from app.metrics import count_request
 
 log = structlog.get_logger()
 
@@ -114,18 +113,8 @@ class FastPath:
                     head = b"".join([b"%b: %b\r\n" % pair for pair in reply.raw_headers])
                 await scope[WHOLE](status, head + more.encode(), reply.body)
         finally:
-            method, ended_s = scope["method"], monotonic_s()
-            count_request(route, method, status, (answered_s or ended_s) - begun_s)
-            self._log.info(
-                "request_served",
-                method=method,
-                route=route,
-                status=status,
-                duration_ms=round((ended_s - begun_s) * 1000, 2),
-                redis_commands=context.meter.commands,
-                retries=context.meter.retries,
-                principal=context.principal.label,
-            )
+            method = scope["method"]
+            tell_served(self._log, method, route, context, status, begun_s, answered_s)
 
     def _look(self) -> None:
         """Give up on requests whose time is over."""

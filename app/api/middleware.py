@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import unquote
 
 import structlog
@@ -89,21 +90,37 @@ class RequestMiddleware:
             status = CLIENT_CLOSED
         finally:
             if QUIET not in scope:
-                known = get_context() or context
-                method, route, ended_s = scope["method"], scope.get(ROUTE), monotonic_s()
-                # Until the answer began: what comes after it goes at the pace of the client.
-                count_request(route, method, status, (answered_s or ended_s) - begun_s)
-                log.info(
-                    "request_served",
-                    method=method,
-                    route=route,
-                    status=status,
-                    duration_ms=round((ended_s - begun_s) * 1000, 2),
-                    redis_commands=context.meter.commands,
-                    retries=context.meter.retries,
-                    principal=known.principal.label,
-                )
+                route, known = scope.get(ROUTE), get_context() or context
+                tell_served(log, scope["method"], route, known, status, begun_s, answered_s)
             reset_context(token)
+
+
+def tell_served(
+    log: Any,
+    method: str,
+    route: str | None,
+    context: RequestContext,
+    status: int,
+    begun_s: float,
+    answered_s: float,
+) -> None:
+    """Count a request that has ended, and write its line to a log.
+
+    Times are those of `clock.monotonic_s`; `answered_s` is 0 when no answer began.
+    """
+    ended_s = monotonic_s()
+    # Until the answer began: what comes after it goes at the pace of the client.
+    count_request(route, method, status, (answered_s or ended_s) - begun_s)
+    log.info(
+        "request_served",
+        method=method,
+        route=route,
+        status=status,
+        duration_ms=round((ended_s - begun_s) * 1000, 2),
+        redis_commands=context.meter.commands,
+        retries=context.meter.retries,
+        principal=context.principal.label,
+    )
 
 
 def is_stopping(scope: Scope) -> bool:

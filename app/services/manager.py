@@ -525,10 +525,10 @@ class OnboardingSessionManager:
         """Describe a session as `get_session_summary` does, in JSON that was not decoded."""
         check_session_id(session_id)
         steps = self.catalogue.total
-        session, drafts = await self._steps.list_drafts(session_id, steps)
+        session, drafts = await self._sessions.get_with_drafts(session_id, steps)
         catalogue = await self._catalogues.get(session.pin)
         if catalogue.total > steps:
-            session, drafts = await self._steps.list_drafts(session_id, catalogue.total)
+            session, drafts = await self._sessions.get_with_drafts(session_id, catalogue.total)
         return view_summary(session, catalogue, drafts, now_ms())
 
     # --- Finalize ---------------------------------------------------------------------------------

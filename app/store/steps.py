@@ -109,9 +109,8 @@ class StepStore:
             expected_draft or "",
             rfc3339(at_ms),
         ]
-        prefix = keys.prefix
         for number, data in answers.items():
-            named += (f"{prefix}step:{number}", f"{prefix}draft:{number}")
+            named += (keys.step(number), keys.draft(number))
             args += (number, data.text)
         reply = await self._gateway.change(
             "save_steps", keys, named, args, at_ms=at_ms, request=request
@@ -154,10 +153,6 @@ class StepStore:
             if number in session.versions
         }
         return session, records
-
-    async def list_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
-        """Read a session with the numbers of the steps, up to `steps`, that have a draft."""
-        return await self._sessions.get_with_drafts(session_id, steps)
 
     async def delete(
         self,
