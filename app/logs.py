@@ -30,11 +30,11 @@ def configure_logging(level: str, style: Literal["json", "console"] | None) -> N
     """Send every event of `level` and above to stdout; without a style, terminals get `console`."""
     style = style or ("console" if sys.stdout.isatty() else "json")
     threshold = logging.getLevelNamesMapping()[level.upper()]
-    render: list[Any] = [orjson_renderer]
+    processors: list[Any] = [render_json]
     if style == "console":
-        render = [structlog.dev.ConsoleRenderer()]
+        processors = [add_context, structlog.dev.ConsoleRenderer()]
     structlog.configure(
-        processors=[add_context, *render],
+        processors=processors,
         wrapper_class=_logger_class(threshold),
         logger_factory=_logger_factory(style),
         cache_logger_on_first_use=True,
@@ -51,18 +51,24 @@ def configure_logging(level: str, style: Literal["json", "console"] | None) -> N
 def add_context(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
     """Put what every line has first: time, level, event, request."""
     context = get_context()
-    head: EventDict = {"timestamp": rfc3339(now_ms()), "level": level, "event": event["event"]}
+    line: EventDict = {"timestamp": rfc3339(now_ms()), "level": level, "event": event["event"]}
     if context is not None:
-        head["request_id"] = context.request_id
+        line["request_id"] = context.request_id
         if context.session_id is not None:
-            head["session_id"] = context.session_id
+            line["session_id"] = context.session_id
     # What it begins with stands first, wherever the event has it.
-    return {**head, **event}
+    line.update(event)
+    return line
 
 
-def orjson_renderer(_: WrappedLogger, __: str, event: EventDict) -> bytes:
+def render_json(logger: WrappedLogger, level: str, event: EventDict) -> bytes:
     """Write a line as JSON; what JSON does not know is written as its type's name."""
-    return orjson.dumps(event, default=lambda value: type(value).__name__)
+    line = add_context(logger, level, event)
+    return orjson.dumps(line, default=_name_type)
+
+
+def _name_type(value: object) -> str:
+    return type(value).__name__
 
 
 def _logger_class(threshold: int) -> type[FilteringBoundLogger]:
@@ -81,7 +87,8 @@ def _logger_class(threshold: int) -> type[FilteringBoundLogger]:
 
 def _teller(level: str) -> Callable[..., None]:
     def tell(self: Any, event: str, **fields: Any) -> None:
-        line: Any = {"event": event, **fields}
+        fields["event"] = event
+        line: Any = fields
         try:
             for process in self._processors:
                 line = process(self._logger, level, line)

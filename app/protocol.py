@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from app.api.problems import problem
-from app.api.streaming import ABORT, WHOLE
+from app.api.streaming import ABORT, EXCHANGE
 from app.context import new_request_id
 
 log = structlog.get_logger()
@@ -115,7 +115,7 @@ class Protocol(HttpToolsProtocol):
         headers, self.headers = self.headers, _NOWHERE
         scope: Any = {
             "type": "http",
-            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "asgi": _ASGI,
             "http_version": "1.1",
             "server": self.server,
             "client": self.client,
@@ -126,14 +126,13 @@ class Protocol(HttpToolsProtocol):
             "raw_path": path,
             "query_string": query,
             "headers": headers,
-            "state": self.app_state.copy(),
+            "state": self.app_state,
             ABORT: self.transport.abort,
         }
         self.scope = scope
-        self.cycle = Cycle(self, scope)
-        scope[WHOLE] = self.cycle.send_whole
-        self.cycle.task = self.loop.create_task(self.cycle.run(self._direct_app))
-        self.tasks.add(self.cycle.task)
+        self.cycle = scope[EXCHANGE] = cycle = Cycle(self, scope)
+        cycle.task = self.loop.create_task(cycle.run(self._direct_app))
+        self.tasks.add(cycle.task)
 
     def _begin_as_uvicorn_does(self) -> None:
         """Begin a request whose URL or headers ask for a closer look, or one that has to wait."""
@@ -164,17 +163,30 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
         self._in_head = False
-        cycle = self.cycle
-        if not cycle.response_complete:
+        cycle: Any = self.cycle
+        if cycle.response_complete:
+            return
+        if not cycle.body:
+            # The whole body as a rule, which need not be copied.
+            cycle.body = body
+        else:
+            if isinstance(cycle.body, bytes):
+                cycle.body = bytearray(cycle.body)
             cycle.body += body
-            if len(cycle.body) > HIGH_WATER_LIMIT:
-                self.flow.pause_reading()
-            cycle.message_event.set()
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """End a request that was begun."""
-        if not self._refused:
+        cycle = self.cycle
+        if self._refused:
+            return
+        if type(cycle) is not Cycle:
             super().on_message_complete()
+        elif not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
 
     # --- Between two requests ---------------------------------------------------------------------
 
@@ -248,7 +260,7 @@ class Protocol(HttpToolsProtocol):
 
 
 class Cycle(RequestResponseCycle):
-    """A plain request and its answer, which may be sent as a whole."""
+    """A plain request and its answer, either of which may go as a whole: see `Exchange`."""
 
     logger = logging.getLogger("uvicorn.error")
     task: asyncio.Task[None]
@@ -260,11 +272,12 @@ class Cycle(RequestResponseCycle):
         self.flow = protocol.flow
         self.default_headers = protocol.server_state.default_headers
         self.on_response = protocol.on_response_complete
-        self.message_event = asyncio.Event()
         self.keep_alive = protocol.parser.should_keep_alive()
-        self.body = bytearray()
         self._tasks = protocol.tasks
 
+    # What most have in common, until one is different.
+    body: Any = b""
+    message_event: Any
     access_log = False
     disconnected = False
     waiting_for_100_continue = False
@@ -288,19 +301,29 @@ class Cycle(RequestResponseCycle):
             self._tasks.discard(self.task)
             # Both lead back here: circles would be left for the garbage collector.
             scope: Any = self.scope
-            del scope[WHOLE]
+            del scope[EXCHANGE]
             self.on_response = _nothing
 
     async def receive(self) -> Any:
         """Give what has come of the body; all of it, when it came with the head."""
+        body = self.whole_body
+        if body is not None:
+            self._is_read, self.body = True, b""
+            return {"type": "http.request", "body": body, "more_body": False}
+        if self.message_event is _NOBODY_WAITS:
+            self.message_event = asyncio.Event()
+            if self.body and not self._is_read:
+                self.message_event.set()
+        message: Any = await super().receive()
+        self._is_read = self._is_read or not message.get("more_body", False)
+        return message
+
+    @property
+    def whole_body(self) -> bytes | None:
+        """The body; None unless it has come as a whole, and nobody has read it yet."""
         if self.more_body or self.disconnected or self.response_complete or self._is_read:
-            message: Any = await super().receive()
-            self._is_read = self._is_read or not message.get("more_body", False)
-            return message
-        self._is_read = True
-        self.message_event.clear()
-        body, self.body = self.body, bytearray()
-        return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return None
+        return bytes(self.body)
 
     async def send_whole(self, status: int, head: bytes, body: bytes) -> None:
         """Send an answer in one write; `head` has its headers, in lower case, each with its end."""
@@ -324,6 +347,16 @@ class Cycle(RequestResponseCycle):
         self.on_response()
 
 
+class _NobodyWaits:
+    """What stands for the event until somebody waits for it, which few do."""
+
+    def set(self) -> None:
+        """Wake nobody."""
+
+
+_NOBODY_WAITS = Cycle.message_event = _NobodyWaits()
+
+
 def _nothing() -> None:
     """What an answer that has ended sets off."""
 
@@ -342,6 +375,8 @@ async def _raise(failure: BaseException, *_: object) -> None:
     """Say what went wrong to who runs an application."""
     raise failure
 
+
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
 
 _SPECIAL = frozenset(
     {

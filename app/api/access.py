@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.middleware import FIELDS, STANDINGS
 from app.api.operations import Operation
-from app.context import get_context
+from app.context import RequestContext, get_context
 from app.errors import (
     AccessError,
     NotTheirsError,
@@ -54,6 +54,44 @@ class AccessMiddleware:
     def reply(self, scope: Scope, receive: Receive) -> Awaitable[Any]:
         """Give the answer to a plain request."""
         return self._let_through(scope, receive, None)
+
+    def admit_at_once(self, scope: Scope, context: RequestContext, session_id: str) -> bool:
+        """Let a plain request in, if all is known that this takes, without a look at the store.
+
+        If not, nothing was done, and `reply` sees to everything.
+        """
+        services: Services = scope["state"]["services"]
+        fields = scope[FIELDS]
+        shown = fields.get(b"authorization")
+        if not shown or b"x-api-key" in fields or services.in_flight.is_full:
+            return False
+        access = services.access
+        principal = access.recognise_shown(b"authorization", shown)
+        if (
+            not isinstance(principal, Principal)
+            or principal.kind not in self._kinds
+            or not access.is_known_theirs(principal, session_id)
+        ):
+            return False
+        standing = services.limiter.admit_at_once(principal.identity)
+        if standing is None:
+            return False
+        scope[STANDINGS] = (standing,)
+        context.principal, context.session_id = principal, session_id
+        return True
+
+    async def weigh(self, scope: Scope, failure: Exception) -> Exception:
+        """Do what a failure of somebody who was let in asks for, and give what they are told."""
+        context = get_context()
+        if context is None or not isinstance(failure, self._miss):
+            return failure
+        services: Services = scope["state"]["services"]
+        try:
+            # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
+            await services.limiter.count_miss(context.principal.identity)
+        except LimitReachedError as reached:
+            return reached
+        return failure
 
     async def _let_through(self, scope: Scope, receive: Receive, send: Send | None) -> Any:
         access = self._operation.access

@@ -23,14 +23,15 @@ from app.api.headers import (
     parse_idempotency_key,
 )
 from app.api.middleware import FIELDS, QUIET, ROUTE
-from app.api.operations import Body, Operation, Stream
-from app.api.streaming import Content, too_large
-from app.context import get_context
+from app.api.operations import Body, Handler, Operation, Stream
+from app.api.streaming import EXCHANGE, Content, too_large
+from app.context import RequestContext, get_context
 from app.errors import (
     Fault,
     InvalidRequestError,
     InvalidStepDataError,
     OnboardingError,
+    RequestError,
     SessionNotFoundError,
     StoreUnavailableError,
     TaskNotFoundError,
@@ -43,7 +44,7 @@ from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.tasks import check_short_id, is_task_id
 from app.onboarding.tokens import check_token_id
 from app.settings import Settings
-from app.wiring import AppState
+from app.wiring import AppState, Services
 
 T = TypeVar("T")
 
@@ -110,6 +111,14 @@ class Endpoint:
             {name.lower().encode() for name in operation.preconditions}
             | ({b"idempotency-key"} if operation.idempotency_key else set())
         )
+        body = operation.body
+        self._takes_body = isinstance(body, Body)
+        self._unfit: type[RequestError] = InvalidRequestError
+        if isinstance(body, Body) and body.limit == "step":
+            self._unfit = InvalidStepDataError
+        self._unusual = self._conditions | (_CODINGS if self._takes_body else frozenset())
+        self.handle: Handler = self._handle_on_record if operation.audited else operation.handler
+        """Handles a call that was checked, and is in nobody's way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises what the checks and the handler raise."""
@@ -140,20 +149,51 @@ class Endpoint:
         call, key = self._check(scope, receive)
         if self._operation.body is not None or key is not None:
             await self._take_rest(call, key, receive)
-        services, session_id = call.services, call.session_id
-        services.in_flight.enter()
+        call.services.in_flight.enter()
         try:
-            if not services.access.is_known_theirs(call.principal, session_id):
-                await self._check_session(call)
-            if self._operation.audited:
-                return await self._recorded(call, lambda: self._operation.handler(call))
-            return await self._operation.handler(call)
+            await self._check_session(call)
+            return await self.handle(call)
         finally:
-            services.in_flight.leave()
+            call.services.in_flight.leave()
+
+    def is_usual(self, scope: Scope) -> bool:
+        """Say whether nothing about a plain request but its body can be wrong, and that is here."""
+        fields, step = scope[FIELDS], scope["path_params"].get("n")
+        if not self._unusual.isdisjoint(fields):
+            return False
+        state: AppState = scope["state"]
+        if step is not None and step not in state["services"].manager.step_numbers:
+            return False
+        if not self._takes_body:
+            return True
+        body = scope[EXCHANGE].whole_body
+        return (
+            body is not None
+            and 0 < len(body) < min(PARSED_AT_ONCE, state["settings"].max_step_bytes)
+            and fields.get(b"content-type") == b"application/json"
+        )
+
+    def call(self, scope: Scope, context: RequestContext) -> Call:
+        """Give the call that a plain request is, of which `is_usual` holds.
+
+        Raises what is wrong with the body.
+        """
+        services: Services = scope["state"]["services"]
+        parameters = scope["path_params"]
+        step = parameters.get("n")
+        step_id = 0 if step is None else services.manager.step_numbers[step]
+        session_id = parameters["id"]
+        call = Call(scope, services, context.principal, session_id, step_id, parameters)
+        if self._takes_body:
+            call.body = Document.parse(scope[EXCHANGE].whole_body, self._unfit)
+        return call
 
     async def _check_session(self, call: Call) -> None:
         if call.session_id:
             await call.services.access.check_session(call.principal, call.session_id)
+
+    async def _handle_on_record(self, call: Call) -> ASGIApp:
+        return await self._recorded(call, lambda: self._operation.handler(call))
 
     async def _send(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._operation.handler(call)
@@ -228,13 +268,11 @@ class Endpoint:
             settings: Settings = scope["state"]["settings"]
             raw = await _read(operation.body, settings, scope, receive)
             if raw or operation.body.required:
-                steps = operation.body.limit == "step"
-                error = InvalidStepDataError if steps else InvalidRequestError
                 if len(raw) < PARSED_AT_ONCE:
-                    call.body = Document.parse(raw, error)
+                    call.body = Document.parse(raw, self._unfit)
                 else:
                     # A long look at 256 KB takes 0.2 s, which nobody else should wait for.
-                    call.body = await asyncio.to_thread(Document.parse, raw, error)
+                    call.body = await asyncio.to_thread(Document.parse, raw, self._unfit)
         if key is not None:
             call.idempotent = IdempotentRequest.of(
                 caller=call.principal.identity,
@@ -244,6 +282,9 @@ class Endpoint:
                 query=scope["query_string"],
                 body=raw,
             )
+
+
+_CODINGS = frozenset({b"content-encoding", b"transfer-encoding"})
 
 
 def _check_task(task_id: str) -> None:

@@ -13,8 +13,8 @@ both ways and compares the answers and the lines.
 import asyncio
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -22,15 +22,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.access import AccessMiddleware
-from app.api.calls import Reply
-from app.api.dispatch import Resource
+from app.api.calls import Call, Reply
+from app.api.dispatch import Endpoint, Resource
 from app.api.headers import describe_limits, is_request_id
-from app.api.middleware import FIELDS, STANDINGS, is_stopping, tell_served
+from app.api.middleware import FIELDS, STANDINGS, tell_served
 from app.api.problems import CLIENT_CLOSED, explain
-from app.api.streaming import WHOLE
+from app.api.streaming import EXCHANGE, Exchange
 from app.clock import monotonic_s
 from app.context import RequestContext, new_request_id, set_context
 from app.errors import DeadlineExceededError
+from app.wiring import Services
 
 log = structlog.get_logger()
 
@@ -55,39 +56,54 @@ class FastPath:
         self._running: dict[asyncio.Task[Any], float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        path = _PLAIN_PATH.fullmatch(scope["path"]) if WHOLE in scope else None
-        found = None
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one request, or what else a server asks of an application."""
+        path = _PLAIN_PATH.fullmatch(scope["path"]) if EXCHANGE in scope else None
         if path is not None:
             found = self._endpoints.get((scope["method"], path[2], path[3] is None))
-        if path is None or found is None:
-            await self.app(scope, receive, send)
-            return
-        fields = dict(scope["headers"])
-        if len(fields) != len(scope["headers"]) or fields.get(b"origin") in self._origins:
-            # A header that comes twice, or a page of somebody else.
-            await self.app(scope, receive, send)
-            return
+            fields = dict(scope["headers"])
+            # Not where a header comes twice, nor for a page of somebody else.
+            if (
+                found is not None
+                and len(fields) == len(scope["headers"])
+                and fields.get(b"origin") not in self._origins
+            ):
+                scope[FIELDS] = fields
+                return self._serve(scope, receive, found, path)
+        return self.app(scope, receive, send)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, found: "_Found", path: re.Match[str]
+    ) -> None:
         begun_s = monotonic_s()
-        request_id = fields.get(b"x-request-id", b"").decode("latin-1")
+        (route, gate, endpoint), (session_id, _, step) = found, path.groups()
+        scope["path_params"] = {"id": session_id} if step is None else {"id": session_id, "n": step}
+        request_id = scope[FIELDS].get(b"x-request-id", b"").decode("latin-1")
         if not request_id or not is_request_id(request_id):
             request_id = new_request_id()
-        scope[FIELDS] = fields
-        route, endpoint = found
-        scope["path_params"] = {"id": path[1]} if path[3] is None else {"id": path[1], "n": path[3]}
         context = RequestContext(request_id, begun_s + self._deadline_s)
         # The server made a task for this request, so its context is nobody else's.
         set_context(context)
-        task: Any = asyncio.current_task()
+        exchange: Exchange = scope[EXCHANGE]
+        task = exchange.task
         self._running[task] = context.deadline_s
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+        services: Services = scope["state"]["services"]
         reply: Any = None
+        call: Call | None = None
         status, answered_s = CLIENT_CLOSED, 0.0
         try:
             try:
-                reply = await endpoint.reply(scope, receive)
+                if endpoint.is_usual(scope) and gate.admit_at_once(scope, context, session_id):
+                    call = endpoint.call(scope, context)
+                    services.in_flight.enter()
+                    try:
+                        reply = await endpoint.handle(call)
+                    finally:
+                        services.in_flight.leave()
+                else:
+                    reply = await gate.reply(scope, receive)
             except asyncio.CancelledError:
                 if self._running[task] != GIVEN_UP:
                     raise
@@ -96,6 +112,8 @@ class FastPath:
             except ClientDisconnect:
                 pass  # Nobody is left to answer.
             except Exception as failure:  # noqa: BLE001 - the last resort, nobody sees a stack
+                if call is not None:
+                    failure = await gate.weigh(scope, failure)
                 reply = explain(scope, failure)
             finally:
                 del self._running[task]
@@ -104,14 +122,14 @@ class FastPath:
                 more = f"x-request-id: {request_id}\r\n"
                 if STANDINGS in scope:
                     more += describe_limits(scope[STANDINGS])
-                if is_stopping(scope):
+                if services.health.is_stopping:
                     more += "connection: close\r\n"
                 if type(reply) is Reply:
                     status, head = reply.status, reply.head
                 else:
                     status = reply.status_code
                     head = b"".join([b"%b: %b\r\n" % pair for pair in reply.raw_headers])
-                await scope[WHOLE](status, head + more.encode(), reply.body)
+                await exchange.send_whole(status, head + more.encode(), reply.body)
         finally:
             method = scope["method"]
             tell_served(self._log, method, route, context, status, begun_s, answered_s)
@@ -127,16 +145,23 @@ class FastPath:
         self._timer = loop.call_later(LOOK_S, self._look) if self._running else None
 
 
-def _plain_endpoints(
-    routes: Iterable[Route],
-) -> Iterator[tuple[tuple[str, str, bool], tuple[str, AccessMiddleware]]]:
+class _Found(NamedTuple):
+    """What serves a plain request: the route, who lets it in, what it is for."""
+
+    route: str
+    gate: AccessMiddleware
+    endpoint: Endpoint
+
+
+def _plain_endpoints(routes: Iterable[Route]) -> Iterator[tuple[tuple[str, str, bool], _Found]]:
     """Give what is found by a method, the word behind the session's id, and whether that is all."""
     for route in routes:
         shape = _PLAIN_ROUTE.fullmatch(route.path)
         resource = route.endpoint
         if shape and isinstance(resource, Resource):
             for method in resource.plain:
-                yield (method, shape[1], shape[2] is None), (route.path, resource.endpoints[method])
+                gate = resource.endpoints[method]
+                yield (method, shape[1], shape[2] is None), _Found(route.path, gate, gate.app)
 
 
 _PLAIN_ROUTE = re.compile(r"/api/v1/onboarding/\{id\}/([a-z-]+)(/\{n\})?")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
@@ -33,8 +33,22 @@ and what surrounds a request would be a third of the memory that it takes."""
 ABORT = "onboarding.abort"
 """Where the server leaves a function that closes the connection at once."""
 
-WHOLE = "onboarding.whole"
-"""Where it leaves a function that sends an answer in one piece: its status, headers and body."""
+EXCHANGE = "onboarding.exchange"
+"""Where it leaves, for a plain request, what takes the body and sends the answer as a whole."""
+
+
+class Exchange(Protocol):
+    """A plain request and its answer, as the server has them."""
+
+    task: asyncio.Task[None]
+    """What serves it, and nothing else."""
+
+    @property
+    def whole_body(self) -> bytes | None:
+        """The body; None unless it has come as a whole, and nobody has read it yet."""
+
+    async def send_whole(self, status: int, head: bytes, body: bytes) -> None:
+        """Send an answer in one write; `head` has its headers, in lower case, each with its end."""
 
 
 EVENT_STREAM = {

@@ -7,7 +7,7 @@ a digest of its content. An edited file without a new version is another pin and
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -111,6 +111,11 @@ class Catalogue:
         # The order of members means nothing in JSON (RFC 8259 section 4).
         content = orjson.dumps(orjson.loads(self.text), option=orjson.OPT_SORT_KEYS)
         return f"{self.version}@{hashlib.sha256(content).hexdigest()[:16]}"
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The numbers of the steps by how they are written."""
+        return {str(step.id): step.id for step in self.steps}
 
     @cached_property
     def summary_lines(self) -> list[str]:

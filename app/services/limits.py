@@ -114,6 +114,11 @@ class _Allowance:
         purse = self._purse_of(caller)
         purse.refused_until_s = purse.next_s
 
+    def is_refusing(self, caller: str) -> bool:
+        """Say whether `check` has to be asked about a caller."""
+        purse = self._purses.get(caller)
+        return purse is not None and purse.refused_until_s > 0
+
     def check(self, caller: str) -> None:
         """Raise `RateLimitedError` for a caller of whom it is known that there is no token."""
         purse = self._purses.get(caller)
@@ -180,8 +185,15 @@ class Limiter:
         self._misses = self._allow(Policy.MISSES, misses)
 
     def admit_at_once(self, caller: str) -> Standing | None:
-        """Count a request with what this process holds; None when `admit` has to be asked."""
-        return None if self._requests is None else self._requests.spend_held(caller)
+        """Count a request with what this process holds.
+
+        None when `check_misses` and `admit` have to be asked, and nothing was counted.
+        """
+        if self._requests is None or (
+            self._misses is not None and self._misses.is_refusing(caller)
+        ):
+            return None
+        return self._requests.spend_held(caller)
 
     async def admit(self, caller: str) -> Standing | None:
         """Count a request, and say how its caller stands; None when that is not known.
@@ -255,8 +267,13 @@ class InFlight:
         """How many are being served."""
         return self._count
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as much is being served as may be."""
+        return self._count >= self._most
+
     def check(self) -> None:
-        """Raise `OverloadedError` when as much is being served as may be."""
+        """Raise `OverloadedError` when it is full."""
         if self._count >= self._most:
             raise OverloadedError
 

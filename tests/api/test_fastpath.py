@@ -42,7 +42,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.servers import Valkey
 from tests.service import BASE, serving_app
 
-PLAIN = {(method, route) for (method, _, _), (route, _) in _plain_endpoints(build_routes())}
+PLAIN = {(method, found.route) for (method, _, _), found in _plain_endpoints(build_routes())}
 """Every operation that has the short way, by its method and route."""
 
 ASIDE = b"x-aside: 1\r\nx-aside: 1\r\n"
