@@ -39,7 +39,7 @@ class Service(Starlette):
 
     def __init__(self, settings: Settings, routes: list[Route], **options: Any) -> None:
         super().__init__(routes=routes, **options)
-        self._fast_path = FastPath(
+        self.fast_path = FastPath(
             super().__call__,
             routes,
             deadline_s=settings.request_deadline_s,
@@ -48,7 +48,7 @@ class Service(Starlette):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
-        await self._fast_path(scope, receive, send)
+        await self.fast_path(scope, receive, send)
 
 
 def create_app(settings: Settings) -> Starlette:

@@ -71,7 +71,8 @@ class Protocol(HttpToolsProtocol):
         self._idle_since_s = 0.0
         # Who comes through no proxy needs nobody who looks for one.
         app: Any = self.app
-        self._direct_app = app.app if isinstance(app, ProxyHeadersMiddleware) else app
+        app = app.app if isinstance(app, ProxyHeadersMiddleware) else app
+        self._direct_app = getattr(app, "fast_path", app)
 
     # --- What comes in ----------------------------------------------------------------------------
 
@@ -325,22 +326,25 @@ class Cycle(RequestResponseCycle):
             return None
         return bytes(self.body)
 
-    async def send_whole(self, status: int, head: bytes, body: bytes) -> None:
-        """Send an answer in one write; `head` has its headers, in lower case, each with its end."""
+    async def send_whole(self, status: int, head: str, body: bytes, *, is_last: bool) -> None:
+        """Send an answer in one write; `head` has its headers, each with the end of its line.
+
+        Nothing comes after the `is_last` on a connection.
+        """
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
         if self.disconnected:
             return
-        if b"connection: close\r\n" in head:
+        if is_last or not self.keep_alive:
             self.keep_alive = False
-        elif not self.keep_alive:
-            head += b"connection: close\r\n"
-        date = _write_headers(*self.default_headers)
+            head += "connection: close\r\n"
         self.response_started = self.response_complete = True
+        date = _write_headers(*self.default_headers)
+        parts = (STATUS_LINE[status], date, head.encode("latin-1"), b"\r\n", body)
         if len(body) < COPIED_BYTES:
-            self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], date, head, body))
+            self.transport.write(b"".join(parts))
         else:
-            self.transport.writelines([STATUS_LINE[status], date, head, b"\r\n", body])
+            self.transport.writelines(parts)
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()

@@ -1,6 +1,6 @@
 """A call: one request, checked, as handlers get it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -17,7 +17,7 @@ from app.errors import Fault, InvalidRequestError, InvalidStepDataError
 from app.onboarding.access import ANYONE, Principal
 from app.onboarding.documents import Document, json_pointer
 from app.onboarding.idempotency import IdempotentRequest
-from app.onboarding.steps import Precondition
+from app.onboarding.steps import NO_PRECONDITION, Precondition
 from app.services.manager import OnboardingSessionManager
 from app.wiring import Services
 
@@ -27,37 +27,25 @@ Model = TypeVar("Model", bound=BaseModel)
 class Reply:
     """A JSON answer, there as a whole; Starlette's takes 4 us more to be made.
 
-    `extra` are further headers, in lower case; no value holds a line break.
+    `head` are its headers in lower case, each with the end of its line.
     """
 
-    __slots__ = ("body", "extra", "status")
+    __slots__ = ("body", "head", "status")
 
-    def __init__(self, status: int, body: bytes, extra: Sequence[tuple[bytes, bytes]]) -> None:
+    def __init__(self, status: int, body: bytes, head: str) -> None:
         self.status = status
         self.body = body
-        self.extra = extra
-
-    @property
-    def head(self) -> bytes:
-        """The headers as they are sent, each with the end of its line."""
-        head = _HEAD % len(self.body)
-        for name, value in self.extra:
-            head += b"%b: %b\r\n" % (name, value)
-        return head
+        self.head = head
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         """Send it, as an ASGI application does."""
-        headers = [
-            (b"cache-control", b"no-store"),
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(self.body)),
-            *self.extra,
-        ]
+        lines = self.head.encode("latin-1").split(b"\r\n")[:-1]
+        headers = [tuple(line.split(b": ", 1)) for line in lines]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
 
 
-_HEAD = b"cache-control: no-store\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+_JSON = "cache-control: no-store\r\ncontent-type: application/json\r\ncontent-length:"
 
 
 @dataclass(slots=True)
@@ -101,6 +89,8 @@ class Call:
     @property
     def precondition(self) -> Precondition:
         """The preconditions of a change: If-Match compares strongly, If-None-Match weakly."""
+        if self.if_match is None and self.if_none_match is None:
+            return NO_PRECONDITION
         return Precondition(
             if_match=None if self.if_match is None else self.if_match.versions(weakly=False),
             if_none_match=(
@@ -162,17 +152,19 @@ class Call:
         *,
         etag: str | None = None,
     ) -> Reply:
-        """Answer with a document, or with anything that becomes JSON; `etag` without its quotes."""
+        """Answer with a document, or with anything that becomes JSON; `etag` without its quotes.
+
+        No value of a header holds a line break.
+        """
         body = content.text if isinstance(content, Document) else orjson.dumps(content)
-        extra: Sequence[tuple[bytes, bytes]] = ()
+        head = f"{_JSON} {len(body)}\r\n"
         if etag is not None:
-            extra = ((b"etag", b'"%b"' % etag.encode()),)
+            head += f'etag: "{etag}"\r\n'
         if headers:
-            more = [(name.encode(), text.encode("latin-1")) for name, text in headers.items()]
-            extra = [*extra, *more]
+            head += "".join([f"{name}: {text}\r\n" for name, text in headers.items()])
         if self.idempotent is not None and self.idempotent.replayed:
-            extra = [*extra, (b"idempotent-replayed", b"true")]
-        return Reply(status, body, extra)
+            head += "idempotent-replayed: true\r\n"
+        return Reply(status, body, head)
 
     def not_modified(self, etag: str) -> Response:
         """Answer that the client has what it asks for; `etag` without its quotes."""

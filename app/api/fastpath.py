@@ -78,7 +78,8 @@ class FastPath:
         begun_s = monotonic_s()
         (route, gate, endpoint), (session_id, _, step) = found, path.groups()
         scope["path_params"] = {"id": session_id} if step is None else {"id": session_id, "n": step}
-        request_id = scope[FIELDS].get(b"x-request-id", b"").decode("latin-1")
+        sent = scope[FIELDS].get(b"x-request-id")
+        request_id = "" if sent is None else sent.decode("latin-1")
         if not request_id or not is_request_id(request_id):
             request_id = new_request_id()
         context = RequestContext(request_id, begun_s + self._deadline_s)
@@ -119,17 +120,16 @@ class FastPath:
                 del self._running[task]
             answered_s = monotonic_s()
             if reply is not None:
-                more = f"x-request-id: {request_id}\r\n"
-                if STANDINGS in scope:
-                    more += describe_limits(scope[STANDINGS])
-                if services.health.is_stopping:
-                    more += "connection: close\r\n"
                 if type(reply) is Reply:
                     status, head = reply.status, reply.head
                 else:
                     status = reply.status_code
-                    head = b"".join([b"%b: %b\r\n" % pair for pair in reply.raw_headers])
-                await exchange.send_whole(status, head + more.encode(), reply.body)
+                    lines = [b"%b: %b\r\n" % pair for pair in reply.raw_headers]
+                    head = b"".join(lines).decode("latin-1")
+                limits = describe_limits(scope[STANDINGS]) if STANDINGS in scope else ""
+                head = f"{head}x-request-id: {request_id}\r\n{limits}"
+                is_last = services.health.is_stopping
+                await exchange.send_whole(status, head, reply.body, is_last=is_last)
         finally:
             method = scope["method"]
             tell_served(self._log, method, route, context, status, begun_s, answered_s)

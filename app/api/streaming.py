@@ -47,8 +47,11 @@ class Exchange(Protocol):
     def whole_body(self) -> bytes | None:
         """The body; None unless it has come as a whole, and nobody has read it yet."""
 
-    async def send_whole(self, status: int, head: bytes, body: bytes) -> None:
-        """Send an answer in one write; `head` has its headers, in lower case, each with its end."""
+    async def send_whole(self, status: int, head: str, body: bytes, *, is_last: bool) -> None:
+        """Send an answer in one write; `head` has its headers, each with the end of its line.
+
+        Nothing comes after the `is_last` on a connection.
+        """
 
 
 EVENT_STREAM = {

@@ -92,26 +92,26 @@ class SharedConnection:
         redis-py's ConnectionError and TimeoutError, after which nobody knows whether it was done;
         and `TooFewReplicasError`.
         """
-        if asking or len(commands) > 1:
-            commands = [("ASKING",), *commands] if asking else commands
-            packed = b"".join([_pack(each) for each in commands])
-        else:
-            packed = _pack(commands[0])
+        callback = self._callbacks.get(commands[0][0])
+        if asking:
+            commands = [("ASKING",), *commands]
+        replies = len(commands)
+        packed = _pack(commands[0]) if replies == 1 else b"".join(map(_pack, commands))
         wire, queue = self._wire, self._queue
-        unsent, waiting = self._queued_bytes + len(packed), len(queue)
+        queued_bytes = unsent = self._queued_bytes + len(packed)
+        waiting = len(queue)
         if wire is not None:
             waiting += len(wire.waiting)
             if wire.is_paused:
                 unsent += wire.unsent
         if waiting >= MOST_WAITING or unsent > MOST_BYTES:
             raise TooMuchAtOnceError
+        self._queued_bytes = queued_bytes
         waiter = self._loop.create_future()
-        queue.append((waiter, packed, len(commands)))
-        self._queued_bytes += len(packed)
+        queue.append((waiter, packed, replies))
         if not self._is_flush_due:
             self._flush_soon()
-        # To nearly every command: to wait in one coroutine more takes 0.3 us.
-        callback = self._callbacks.get(commands[-1 if asking else 0][0])
+        # As for nearly every command: to wait in one coroutine more takes 0.3 us.
         return waiter if callback is None else _shape(waiter, callback)
 
     def leave(self, opened_before_s: float) -> None:

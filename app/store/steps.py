@@ -103,8 +103,7 @@ class StepStore:
         named: list[str] = []
         args: list[Argument] = [
             pin,
-            _tags(precondition.if_match),
-            _tags(precondition.if_none_match),
+            *_conditions(precondition),
             "" if expected_version is None else expected_version,
             expected_draft or "",
             rfc3339(at_ms),
@@ -240,19 +239,19 @@ def decode_step(step_id: int, key: str, stored: bytes | None) -> StoredStep:
 
     The answers are parsed once to see that they are whole (1 us for 1 KB) and stay bytes.
     """
-    if stored is not None and (found := _STEP.fullmatch(stored)):
-        number, version, _, data = found.groups()
-        if int(number) == step_id and _is_object(data):
-            return StoredStep(int(version), data, stored)
+    if stored is not None and (found := _STEP.match(stored)) and stored.endswith(b"}"):
+        data = stored[found.end() : -1]
+        if int(found[1]) == step_id and _is_object(data):
+            return StoredStep(int(found[2]), data, stored)
     raise corrupt(key, f"step {step_id}")
 
 
 def decode_draft(step_id: int, key: str, stored: bytes, version: bytes) -> Draft:
     """Recognise a stored draft; `version` is the saved step's. Raises `CorruptRecordError`."""
-    if found := _DRAFT.fullmatch(stored):
-        draft_id, saved_at, data = found.groups()
+    if (found := _DRAFT.match(stored)) and stored.endswith(b"}"):
+        data = stored[found.end() : -1]
         if _is_object(data):
-            return Draft(draft_id.decode(), data, saved_at.decode(), _version(version))
+            return Draft(found[1].decode(), data, found[2].decode(), _version(version))
     raise corrupt(key, f"the draft of step {step_id}")
 
 
@@ -289,17 +288,11 @@ def _saved(reply: Reply) -> Saved:
     return Saved(dict(zip(numbers, numbers, strict=True)), progress_of(reply), int(reply.values[3]))
 
 
-_AT = rb'"saved_at":"([0-9T:.Z-]{20,30})"'
-# Answers keep the white space around them, too.
-_DATA = rb',"data":([ \t\r\n]*\{.*\}[ \t\r\n]*)\}'
-_STEP = re.compile(
-    rb'\{"step_id":([0-9]{1,3}),"version":([0-9]{1,15}),' + _AT + _DATA,
-    re.DOTALL,
-)
-_DRAFT = re.compile(
-    rb'\{"step_id":[0-9]{1,3},"draft_id":"([0-9a-f]+)",' + _AT + _DATA,
-    re.DOTALL,
-)
+# How a record begins: what is behind that, up to the last brace, are the answers as they came, with
+# the white space around them.
+_AT = rb'"saved_at":"([0-9T:.Z-]{20,30})","data":'
+_STEP = re.compile(rb'\{"step_id":([0-9]{1,3}),"version":([0-9]{1,15}),' + _AT)
+_DRAFT = re.compile(rb'\{"step_id":[0-9]{1,3},"draft_id":"([0-9a-f]+)",' + _AT)
 
 
 def _is_object(text: bytes) -> bool:
@@ -307,6 +300,13 @@ def _is_object(text: bytes) -> bool:
         return isinstance(orjson.loads(text), dict)
     except ValueError:
         return False
+
+
+def _conditions(precondition: Precondition) -> tuple[str, str]:
+    """Write both conditions as the scripts read them."""
+    if precondition is NO_PRECONDITION:
+        return "", ""
+    return _tags(precondition.if_match), _tags(precondition.if_none_match)
 
 
 def _tags(tags: Tags | None) -> str:

@@ -98,7 +98,7 @@ class Served:
     """A service that says which way its requests went."""
 
     def __init__(self, app: Service, log: Log) -> None:
-        self.fast_path: FastPath = app._fast_path
+        self.fast_path: FastPath = app.fast_path
         self.services: Services
         self.api: AsyncClient
         self.sent: Counter[str] = Counter()
