@@ -3,23 +3,22 @@
 import os
 import random
 from contextvars import ContextVar
-from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app.onboarding.access import NOBODY, Principal
 from app.onboarding.assistant import Agent
 
 
+@dataclass(slots=True)
 class Meter:
     """What a request has asked of the store."""
 
-    __slots__ = ("commands", "retries")
-
-    def __init__(self) -> None:
-        self.commands = 0
-        self.retries = 0
+    commands: int = 0
+    retries: int = 0
 
 
+@dataclass(slots=True)
 class RequestContext:
     """Replaced by one that knows more, where that is only for a part; the meter in it counts.
 
@@ -28,15 +27,12 @@ class RequestContext:
     one that was made for the request's question, and is seen only where that runs.
     """
 
-    __slots__ = ("agent", "deadline_s", "meter", "principal", "request_id", "session_id")
-
-    def __init__(self, request_id: str, deadline_s: float) -> None:
-        self.request_id = request_id
-        self.deadline_s = deadline_s
-        self.meter = Meter()
-        self.principal: Principal = NOBODY
-        self.session_id: str | None = None
-        self.agent: Agent | None = None
+    request_id: str
+    deadline_s: float
+    meter: Meter = field(default_factory=Meter)
+    principal: Principal = NOBODY
+    session_id: str | None = None
+    agent: Agent | None = None
 
 
 def new_request_id() -> str:
@@ -56,11 +52,9 @@ get_context = _current.get
 
 def learn(**known: Any) -> None:
     """Put one into the place of the running request's context that knows more."""
-    context = copy(_current.get())
+    context = _current.get()
     if context is not None:
-        for name, value in known.items():
-            setattr(context, name, value)
-        _current.set(context)
+        _current.set(replace(context, **known))
 
 
 set_context = _current.set

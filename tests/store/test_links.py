@@ -143,7 +143,7 @@ async def test_what_is_open_and_who_waits_is_counted(valkey: Valkey) -> None:
         await link.send("a", [("GET", "a")])
         assert link.describe() == {"connections": 1, "waiting": 0}
         proxy.hold()
-        asked = [asyncio.create_task(link.send("a", [("GET", "a")])) for _ in range(3)]
+        asked = [asyncio.ensure_future(link.send("a", [("GET", "a")])) for _ in range(3)]
         await asyncio.sleep(0)
         assert link.describe() == {"connections": 1, "waiting": 3}
         proxy.release()

@@ -76,8 +76,13 @@ async def connected(
         assert shared.waiting == 0
 
 
+async def send(shared: SharedConnection, row: list[Command], *, asking: bool = False) -> Any:
+    """Send commands and wait for the answer, as a task can."""
+    return await shared.send(row, asking=asking)
+
+
 def ask(shared: SharedConnection, *words: str | bytes | int) -> asyncio.Task[Any]:
-    return asyncio.create_task(shared.send([words]))
+    return asyncio.create_task(send(shared, [words]))
 
 
 async def all_of(*asked: Awaitable[Any]) -> list[Any]:
@@ -174,7 +179,7 @@ class TestEveryReplyReachesItsOwnCaller:
     async def test_after_asking_too(self, server: EchoServer) -> None:
         async with connected(server) as shared:
             asked = [
-                asyncio.create_task(shared.send([("ECHO", text)], asking=text == "b"))
+                asyncio.create_task(send(shared, [("ECHO", text)], asking=text == "b"))
                 for text in "abc"
             ]
             assert await all_of(*asked) == [b"a", b"b", b"c"]
@@ -822,7 +827,7 @@ class TestWait:
                 [("ECHO", "c"), ("FAIL", "mark")],
                 [("ECHO", "d")],
             ]
-            answers = await all_of(*(asyncio.create_task(shared.send(row)) for row in rows))
+            answers = await all_of(*(asyncio.create_task(send(shared, row)) for row in rows))
             assert answers[::3] == [b"a", b"d"]
             assert [(type(each), str(each)) for each in answers[1:3]] == [
                 (ResponseError, "b"),

@@ -26,7 +26,7 @@ from redis.exceptions import TimeoutError as StoreTimeoutError
 from app.clock import monotonic_s
 from app.store.faults import TooFewReplicasError
 from tests.store.echo_server import EchoServer, Peer, until
-from tests.store.test_multiplex import connected
+from tests.store.test_multiplex import connected, send
 
 SHORT_S = 0.03
 LONG_S = 30.0
@@ -88,7 +88,7 @@ class Connection(RuleBasedStateMachine):
             told = f"k{self.asked % 3}" if kind == "INCR" else str(self.asked)
             if kind == "ECHO":
                 told += "." * size
-            call = self.loop.create_task(self.shared.send([(kind, told)]))
+            call = self.loop.create_task(send(self.shared, [(kind, told)]))
             self.calls[call] = kind, told
         self.turn(turns)
 
