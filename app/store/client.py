@@ -361,12 +361,14 @@ class ClusterClient(RedisCluster):
     idle longest: with an even number of idle ones they never meet, and all 16 tries fail. To a
     node that it does not know yet it cannot send at all.
 
-    And once it knows the nodes, it asks the first master among them what commands there are: while
-    that one is down, it would reach no other either.
+    And whenever it has asked for the nodes, it asks the first master among them what commands there
+    are: while that one is down, it would reach no other either. Here it asks for these once.
     """
 
     def __init__(self, *, ssl: bool, **kwargs: Any) -> None:
         super().__init__(ssl=ssl, **kwargs)
+        self._looking = asyncio.Lock()
+        self._failed: str | None = None
         # It takes no class for its connections; nodes that it finds get these arguments too.
         kind = _TlsConnection if ssl else _TcpConnection
         self.connection_kwargs["connection_class"] = kind
@@ -374,15 +376,29 @@ class ClusterClient(RedisCluster):
             node.connection_class = kind
 
     async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
-        """Learn the nodes, if they are not known; when the first master fails, ask the next."""
+        """Learn the nodes, if they are not known; what has failed last is asked last."""
+        if not self.commands_parser.commands:
+            await self._begin(*args, **kwargs)
+            return self
+        async with self._looking:
+            if self._initialize:
+                failed, self._failed = self._failed, None
+                await self.nodes_manager.initialize(last_failed_node_name=failed)
+                self._initialize = False
+        return self
+
+    async def _begin(self, *args: Any, **kwargs: Any) -> None:
+        """Learn the nodes and the commands there are; when the first master fails, ask the next."""
         try:
-            return await super().initialize(*args, **kwargs)
+            await super().initialize(*args, **kwargs)
         except BaseException as failure:
             for node in self.nodes_manager.get_nodes_by_server_type(PRIMARY)[:1]:
                 self.nodes_manager.move_node_to_end_of_cached_nodes(node.name)
             if not isinstance(failure, LostConnectionError | StoreTimeoutError):
                 raise
-        return await super().initialize(*args, **kwargs)
+        else:
+            return
+        await super().initialize(*args, **kwargs)
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
         """Send a command; one that comes before the nodes are known would go to any of them."""
@@ -433,8 +449,12 @@ class ClusterClient(RedisCluster):
 
     def ask_last(self, node: ClusterNode) -> None:
         """Ask for the nodes before the next command, and one that has failed after the others."""
-        self.nodes_manager.move_node_to_end_of_cached_nodes(node.name)
+        self._failed = node.name
         self.look_again()
+
+    def knows(self, name: str) -> bool:
+        """Say whether there is a node of this name, as far as is known."""
+        return name in self.nodes_manager.nodes_cache
 
     def make_connection(self, node: ClusterNode) -> SteadyConnection:
         """Make a connection to a node that is not open yet."""

@@ -199,6 +199,10 @@ class SharedCluster:
         if self._client.is_to_look:
             async with asyncio.timeout(self._options["open_s"]):
                 await self._client.initialize()
+            for name, connection in [*self._nodes.items()]:
+                if not self._client.knows(name) and not connection.waiting:
+                    del self._nodes[name]
+                    await connection.aclose()
 
     def _to(self, node: ClusterNode) -> SharedConnection:
         connection = self._nodes.get(node.name)

@@ -76,7 +76,13 @@ def test_on_a_cluster(
 def ask_everything(service: ServiceProcess, row: Row) -> None:
     """Ask for every route once at least; a wrong answer ends it."""
     said = len(service.lines)
-    asyncio.run(walk_through(service.url))
+    try:
+        asyncio.run(walk_through(service.url))
+    except AssertionError as failure:
+        # What the service had to say meanwhile.
+        told = [each for each in service.lines[said:] if each["event"] != "request_served"]
+        failure.add_note("\n".join(map(str, told)))
+        raise
 
     def served() -> list[Line]:
         return [line for line in service.lines[said:] if line["event"] == "request_served"]

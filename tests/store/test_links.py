@@ -370,6 +370,26 @@ class TestACluster:
             )
             assert await link.send("{down}", [("GET", "{down}")]) is None
 
+    async def test_what_has_failed_is_asked_last_and_what_is_gone_is_left(
+        self, cluster: ClusterSet
+    ) -> None:
+        async with shared(cluster.url) as link:
+            await link.send_to_all(("PING",))
+            failed = link._client.get_primaries()[0]
+            gone = link._client.node_at("127.0.0.1", 1)
+            link._to(gone)
+            dead = node_at(cluster, failed.port)
+            dead.freeze()
+            try:
+                for _ in range(12):
+                    link._client.ask_last(failed)
+                    begun_s = monotonic_s()
+                    await link._look()
+                    assert monotonic_s() - begun_s < 1
+            finally:
+                dead.thaw()
+            assert link._nodes.keys() == {node.name for node in link._client.get_primaries()}
+
     async def test_to_leave_it_is_to_ask_for_the_nodes_and_keep_the_connections(
         self, cluster: ClusterSet
     ) -> None:
