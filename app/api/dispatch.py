@@ -43,6 +43,7 @@ from app.onboarding.documents import Document
 from app.onboarding.idempotency import IdempotentRequest
 from app.onboarding.tasks import check_short_id, is_task_id
 from app.onboarding.tokens import check_token_id
+from app.services.manager import OnboardingSessionManager
 from app.settings import Settings
 from app.wiring import AppState, Services
 
@@ -157,33 +158,30 @@ class Endpoint:
             call.services.in_flight.leave()
 
     def is_usual(self, scope: Scope) -> bool:
-        """Say whether nothing about a plain request but its body can be wrong, and that is here."""
-        fields, step = scope[FIELDS], scope["path_params"].get("n")
+        """Say whether a plain request has no header that asks for more, and its body is here."""
+        fields = scope[FIELDS]
         if not self._unusual.isdisjoint(fields):
-            return False
-        state: AppState = scope["state"]
-        if step is not None and step not in state["services"].manager.step_numbers:
             return False
         if not self._takes_body:
             return True
         body = scope[EXCHANGE].whole_body
         return (
             body is not None
-            and 0 < len(body) < min(PARSED_AT_ONCE, state["settings"].max_step_bytes)
+            and 0 < len(body) < min(PARSED_AT_ONCE, scope["state"]["settings"].max_step_bytes)
             and fields.get(b"content-type") == b"application/json"
         )
 
     def call(self, scope: Scope, context: RequestContext) -> Call:
         """Give the call that a plain request is, of which `is_usual` holds.
 
-        Raises what is wrong with the body.
+        Raises what is wrong with the step's number, or the body.
         """
         services: Services = scope["state"]["services"]
         parameters = scope["path_params"]
-        step = parameters.get("n")
-        step_id = 0 if step is None else services.manager.step_numbers[step]
-        session_id = parameters["id"]
-        call = Call(scope, services, context.principal, session_id, step_id, parameters)
+        step_id = 0
+        if "n" in parameters:
+            step_id = _parse_known_step(services.manager, parameters["n"])
+        call = Call(scope, services, context.principal, parameters["id"], step_id, parameters)
         if self._takes_body:
             call.body = Document.parse(scope[EXCHANGE].whole_body, self._unfit)
         return call
@@ -238,8 +236,7 @@ class Endpoint:
             # Whoever asked for access has looked at it: it can be the id of no session.
             raise SessionNotFoundError
         if "n" in parameters:
-            step_id = parse_step_id(parameters["n"])
-            services.manager.check_known_step(step_id)
+            step_id = _parse_known_step(services.manager, parameters["n"])
         for name in self._checked:
             _CHECKS[name](parameters[name])
         if "user_id" in parameters:
@@ -285,6 +282,15 @@ class Endpoint:
 
 
 _CODINGS = frozenset({b"content-encoding", b"transfer-encoding"})
+
+
+def _parse_known_step(manager: OnboardingSessionManager, text: str) -> int:
+    """Read the number of a step. Raises `InvalidStepIdError` unless a catalogue in use has it."""
+    step_id = manager.catalogue.numbers.get(text)
+    if step_id is None:
+        step_id = parse_step_id(text)
+        manager.check_known_step(step_id)
+    return step_id
 
 
 def _check_task(task_id: str) -> None:

@@ -619,11 +619,6 @@ class OnboardingSessionManager:
         """Close the connections of this event loop; the next call opens them again."""
         await self._gateway.aclose()
 
-    @property
-    def step_numbers(self) -> Mapping[str, int]:
-        """The numbers of the current catalogue's steps, by how they are written in a path."""
-        return self.catalogue.numbers
-
     def check_known_step(self, step_id: int) -> None:
         """Raise `InvalidStepIdError` for a number that no catalogue in use has. Asks nobody."""
         if not self._catalogues.is_step(step_id):
