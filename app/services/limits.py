@@ -28,8 +28,8 @@ AHEAD = 20
 in processes that do not spend them."""
 
 MOST_CALLERS = 10_000
-"""How many callers are remembered for each limit. Who took tokens longest ago is forgotten first,
-and loses those that are left."""
+"""How many callers are remembered for each limit. Whoever was longest away is forgotten first, and
+loses what was taken for them."""
 
 TRANSFERS_OF_ONE = 8
 """How many files of one session a process takes and gives at once: as many as it has connections
@@ -84,7 +84,10 @@ class _Allowance:
         if purse is None or not purse.held:
             return None
         now_s = monotonic_s()
-        return self._use(purse, now_s) if now_s < purse.good_until_s else None
+        if now_s >= purse.good_until_s:
+            return None
+        self._purses.move_to_end(caller)
+        return self._use(purse, now_s)
 
     async def spend(self, caller: str) -> Standing | None:
         """Spend one token; None when it is not known whether there is one.
