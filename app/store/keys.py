@@ -2,10 +2,8 @@
 
 from typing import NamedTuple
 
-from app.onboarding.catalogue import MAX_STEPS
 from app.onboarding.files import FileKind
 
-_DRAFTS = [f"draft:{step_id}" for step_id in range(1, MAX_STEPS + 1)]
 _OPENING = ("metadata", "progress", "events", "ops", "")
 
 
@@ -53,10 +51,6 @@ class SessionKeys(NamedTuple):
     def draft(self, step_id: int) -> str:
         """One draft."""
         return f"{self.prefix}draft:{step_id}"
-
-    def drafts(self, steps: int) -> list[str]:
-        """The drafts of the steps 1 to `steps`."""
-        return [*map(self.prefix.__add__, _DRAFTS[:steps])]
 
     def idempotency(self, scope: str) -> str:
         """The answer to an Idempotency-Key, by the digest of its scope."""

@@ -246,9 +246,8 @@ class SessionStore:
 
     async def get_with_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
         """Read a session, and which of its steps, up to `steps`, have a draft, at one instant."""
-        keys = self._keys.session(session_id)
-        session, places = await self._read(session_id, keys, keys.drafts(steps), "presence")
-        return session, frozenset(places)
+        session, numbers = await self._read(session_id, [], drafts=steps)
+        return session, frozenset(numbers)
 
     async def get_with(
         self, session_id: str, strings: Sequence[str], *, is_promise: bool = False
@@ -257,26 +256,20 @@ class SessionStore:
 
         `is_promise` as `Gateway.evaluate` has it.
         """
-        keys = self._keys.session(session_id)
-        return await self._read(session_id, keys, strings, "values", is_promise=is_promise)
+        return await self._read(session_id, strings, is_promise=is_promise)
 
     async def _read(
-        self,
-        session_id: str,
-        keys: SessionKeys,
-        strings: Sequence[str],
-        what: str,
-        *,
-        is_promise: bool = False,
+        self, session_id: str, strings: Sequence[str], *, drafts: int = 0, is_promise: bool = False
     ) -> tuple[Session, list[Any]]:
+        keys = self._keys.session(session_id)
         reply = await self._gateway.evaluate(
-            "read_session", [*keys[:2], *strings], [what], is_promise=is_promise
+            "read_session", [*keys[:2], *strings], [drafts], is_promise=is_promise
         )
         if reply.word == "not_found":
             raise SessionNotFoundError
-        metadata, lines, count, values = reply.values
+        metadata, lines, count, found = reply.values
         progress = _fields(keys.progress, lines, count)
-        return _session(session_id, keys, _pairs(metadata), progress), values
+        return _session(session_id, keys, _pairs(metadata), progress), found
 
     async def get_state(self, session_id: str) -> State:
         """Read what a session's progress tells. One command, two when it is not there."""

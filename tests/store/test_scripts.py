@@ -375,7 +375,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     ]
     for name, keys, args in calls:
         assert await session.change(name, keys, args) == "not_found"
-    assert await session.call("read_session", [metadata, progress], ["values"]) == "not_found"
+    assert await session.call("read_session", [metadata, progress], [0]) == "not_found"
     assert await session.call("read_draft", [progress, "d", metadata], [1]) == "not_found"
     hashes = [metadata, progress]
     events, part = session.keys.events, session.keys.prefix + BODY[1]
@@ -403,7 +403,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
     # It is made and changed.
     assert await session.change("create_session", args=session.create()) == "ok"
     assert await session.change("create_session", args=session.create()) == "exists"
-    assert await session.call("read_session", [metadata, progress], ["values"]) == "ok"
+    assert await session.call("read_session", [metadata, progress], [0]) == "ok"
     assert await session.change("delete_step", ["step:1"], [1, ""]) == "step_not_found"
     assert await session.change("delete_draft", ["draft:1"], [1]) == "draft_not_found"
     assert await session.change("delete_step", ["step:4"], [4, ""]) == "out_of_range"
@@ -534,7 +534,7 @@ async def test_every_script_answers_every_word_of_its_contract_and_no_other(
 
     # It goes, first by half.
     await gateway.command("RENAME", metadata, f"{metadata}-away")
-    assert await session.call("read_session", [metadata, progress], ["values"]) == "damaged"
+    assert await session.call("read_session", [metadata, progress], [0]) == "damaged"
     await gateway.command("RENAME", f"{metadata}-away", metadata)
     await gateway.command("HDEL", progress, "status", "saved")
     assert await session.call("read_draft", [progress, draft_key, metadata], [1]) == "damaged"
