@@ -1,6 +1,7 @@
 """What time it is, and how a time is written. The only place that asks the system."""
 
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -21,23 +22,37 @@ monotonic_s = time.monotonic
 def rfc3339(at_ms: int) -> str:
     """Write Unix milliseconds as RFC 3339 in UTC: `2026-01-31T08:15:00.250Z`.
 
-    Put together from what is written already, since answers hold up to 30 times: 0.25 us, where
-    strftime takes 2, and 0.06 for one that was asked for lately, as most were. Raises `ValueError`
-    or `OverflowError` for what is beyond the calendar.
+    Put together from what is written already: 0.2 us, where strftime takes 2, and 0.06 for one that
+    was asked for lately, as most were. Raises `ValueError` or `OverflowError` for what is beyond
+    the calendar.
     """
-    minutes, left_ms = divmod(at_ms, 60_000)
-    day, minute = divmod(minutes, 1440)
-    return (
-        f"{_date(day)}{_MINUTES[minute]}{_SECONDS[left_ms // 1000]}{_MILLISECONDS[left_ms % 1000]}"
-    )
+    hour, left_ms = divmod(at_ms, _HOUR_MS)
+    return f"{_hour(hour)}{_SECONDS[left_ms // 1000]}{_MILLISECONDS[left_ms % 1000]}"
 
 
-@lru_cache(maxsize=512)
-def _date(day: int) -> str:
-    """Write a day, counted from 1970-01-01."""
-    return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
+def rfc3339_each(times_ms: Iterable[int]) -> list[str]:
+    """Write each of these as `rfc3339` does.
+
+    For those that lie close together, as when the steps of a session were saved, and that nobody
+    may ask for again: 0.1 us for each, where `rfc3339` takes 0.3 to write one and to remember it.
+    """
+    texts = []
+    hour_ms, hour = 0, _hour(0)
+    for at_ms in times_ms:
+        left_ms = at_ms - hour_ms
+        if not 0 <= left_ms < _HOUR_MS:
+            number, left_ms = divmod(at_ms, _HOUR_MS)
+            hour_ms, hour = number * _HOUR_MS, _hour(number)
+        texts.append(f"{hour}{_SECONDS[left_ms // 1000]}{_MILLISECONDS[left_ms % 1000]}")
+    return texts
 
 
-_MINUTES = [f"T{hour:02d}:{minute:02d}:" for hour in range(24) for minute in range(60)]
-_SECONDS = [f"{second:02d}." for second in range(60)]
+@lru_cache(maxsize=4096)
+def _hour(number: int) -> str:
+    """Write an hour, counted from 1970-01-01, up to where its minutes come: `2026-01-31T08:`."""
+    return datetime.fromtimestamp(number * 3600, UTC).isoformat()[:14]
+
+
+_HOUR_MS = 3_600_000
+_SECONDS = [f"{minute:02d}:{second:02d}." for minute in range(60) for second in range(60)]
 _MILLISECONDS = [f"{millisecond:03d}Z" for millisecond in range(1000)]

@@ -74,7 +74,7 @@ IMPURE_MODULES = {
     *("socket", "ssl", "http", "urllib.request", "subprocess", "threading", "multiprocessing"),
     *("asyncio", "concurrent", "contextvars", "signal", "logging", "structlog", "importlib"),
 }
-PURE_CLOCK = {"app.clock.rfc3339", "app.clock.LAST_MS"}
+PURE_CLOCK = {"app.clock.rfc3339", "app.clock.rfc3339_each", "app.clock.LAST_MS"}
 IMPURE_CALLS = {"open", "input", "print", "now", "utcnow", "today", "now_ms", "monotonic_s"}
 ASYNCHRONOUS = (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)
 

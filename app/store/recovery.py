@@ -11,6 +11,7 @@ from app.errors import CorruptRecordError, SessionNotFoundError
 from app.onboarding.exports import Export
 from app.onboarding.recovery import Found, Remains, plan_recovery
 from app.onboarding.retention import DeleteReason
+from app.onboarding.sessions import Owner
 from app.store.assistant import read_asked
 from app.store.catalogue import CatalogueStore
 from app.store.events import read_event
@@ -21,13 +22,16 @@ from app.store.sessions import (
     SessionChangedError,
     SessionStore,
     read_owner,
-    read_versions,
+    read_progress,
 )
 from app.store.steps import decode_draft, decode_step
 from app.store.tokens import read_tokens
 
 Parts = Mapping[str, tuple[bytes, Any]]
 """What stands under the keys of a session: its type and its value, by name without the id."""
+
+_ANYBODY = Owner(None, None, "en")
+"""Whose a session is makes no difference to whether its progress can be read."""
 
 
 class RecoveryStore:
@@ -108,7 +112,7 @@ def read_parts(keys: SessionKeys, parts: Parts) -> Found:
     progress, metadata = (_hash(*parts.get(name, (b"", []))) for name in ("progress", "metadata"))
     return Found(
         progress=_texts(progress),
-        progress_is_whole=_can_be_read(read_versions, keys, progress),
+        progress_is_whole=_can_be_read(read_progress, "", keys, _ANYBODY, progress),
         owner=_texts(metadata) | _readable_custom(metadata),
         owner_is_whole=_can_be_read(read_owner, keys, metadata),
         versions={number: version for number, version in versions.items() if version > 0},

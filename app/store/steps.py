@@ -134,7 +134,7 @@ class StepStore:
             # No session, no such step, not saved, or lost: only a look at both at once can tell.
             session, [stored] = await self._sessions.get_with(session_id, [key])
             _check_has_step(len(session.state.saved), step_id)
-            if step_id not in session.versions:
+            if session.state.saved[step_id - 1] != "1":
                 return None
         return decode_step(step_id, key, stored)
 
@@ -148,8 +148,8 @@ class StepStore:
         session, strings = await self._sessions.get_with(session_id, [*map(keys.step, numbers)])
         records = {
             number: decode_step(number, keys.step(number), stored)
-            for number, stored in zip(numbers, strings, strict=True)
-            if number in session.versions
+            for number, stored, mark in zip(numbers, strings, session.state.saved, strict=False)
+            if mark == "1"
         }
         return session, records
 

@@ -255,6 +255,19 @@ async def test_a_session_keeps_its_number_of_steps_under_a_shorter_catalogue(
     check_progress(export["progress"], saved=[2, 20, 21, 22])
 
 
+async def test_the_summary_of_a_long_wizard_sees_the_drafts_of_all_its_steps(
+    serve_catalogue: Callable[..., Any], api: AsyncClient
+) -> None:
+    longer = await serve_catalogue("2", steps(112))
+    session_id = await create(longer)
+    drafts = [1, 9, 10, 23, 24, 30, 31, 99, 100, 112]
+    for number in drafts:
+        answer_of(await longer.put(step_path(session_id, f"{number}/draft"), json={"data": {}}))
+    for each in (longer, api):
+        summary = answer_of(await GET_SUMMARY.send(each, session_id))
+        assert [step["step_id"] for step in summary["steps"] if step["has_draft"]] == drafts
+
+
 async def test_a_new_session_has_the_steps_of_the_new_catalogue(
     serve_catalogue: Callable[..., Any], api: AsyncClient
 ) -> None:

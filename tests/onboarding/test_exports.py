@@ -54,8 +54,8 @@ def session_of(
         ),
         pin=CATALOGUE.pin,
         changes=len(numbers),
-        versions=dict.fromkeys(numbers, 1),
-        saved_ms=dict.fromkeys(numbers, AT_MS),
+        versions=["1"] * len(numbers),
+        saved_ms=[AT_MS] * len(numbers),
     )
 
 

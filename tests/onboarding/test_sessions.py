@@ -1,3 +1,4 @@
+import datetime as dt
 import json
 import unicodedata
 import uuid
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.clock import rfc3339
+from app.clock import LAST_MS, rfc3339, rfc3339_each
 from app.errors import InvalidRequestError
 from app.onboarding.catalogue import Catalogue
 from app.onboarding.sessions import (
@@ -49,8 +50,8 @@ SESSION = Session(
     state=STATE,
     pin=CATALOGUE.pin,
     changes=2,
-    versions={1: 4, 3: 1},
-    saved_ms={1: CREATED_MS + 500, 3: CREATED_MS + 1_000},
+    versions=["4", "1"],
+    saved_ms=[CREATED_MS + 500, CREATED_MS + 1_000],
 )
 
 
@@ -452,3 +453,27 @@ def test_the_statuses_are_the_four_of_the_contract() -> None:
 )
 def test_times_are_written_with_milliseconds_and_z(at_ms: int, text: str) -> None:
     assert rfc3339(at_ms) == text
+
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_FIRST_MS = -62_135_596_800_000
+"""When the year 1 begins."""
+
+
+@given(st.integers(_FIRST_MS, LAST_MS))
+def test_times_are_written_as_the_standard_library_does(at_ms: int) -> None:
+    at = _EPOCH + dt.timedelta(milliseconds=at_ms)
+    assert rfc3339(at_ms) == at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+_HOUR_MS = 3_600_000
+_CLOSE = st.builds(
+    lambda at_ms, later_ms: [at_ms + each for each in later_ms],
+    st.integers(0, LAST_MS - 3 * _HOUR_MS),
+    st.lists(st.integers(0, 3 * _HOUR_MS)),
+)
+
+
+@given(st.lists(st.integers(_FIRST_MS, LAST_MS)) | _CLOSE)
+def test_many_times_are_written_as_each_of_them(times_ms: list[int]) -> None:
+    assert rfc3339_each(times_ms) == [*map(rfc3339, times_ms)]
