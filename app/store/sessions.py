@@ -246,7 +246,9 @@ class SessionStore:
 
     async def get_with_drafts(self, session_id: str, steps: int) -> tuple[Session, frozenset[int]]:
         """Read a session, and which of its steps, up to `steps`, have a draft, at one instant."""
-        session, numbers = await self._read(session_id, [], drafts=steps)
+        keys = self._keys.session(session_id)
+        reply = await self._gateway.evaluate("read_session", keys[:2], [steps])
+        session, numbers = _read(session_id, keys, reply)
         return session, frozenset(numbers)
 
     async def get_with(
@@ -256,20 +258,11 @@ class SessionStore:
 
         `is_promise` as `Gateway.evaluate` has it.
         """
-        return await self._read(session_id, strings, is_promise=is_promise)
-
-    async def _read(
-        self, session_id: str, strings: Sequence[str], *, drafts: int = 0, is_promise: bool = False
-    ) -> tuple[Session, list[Any]]:
         keys = self._keys.session(session_id)
         reply = await self._gateway.evaluate(
-            "read_session", [*keys[:2], *strings], [drafts], is_promise=is_promise
+            "read_session", [*keys[:2], *strings], [0], is_promise=is_promise
         )
-        if reply.word == "not_found":
-            raise SessionNotFoundError
-        metadata, lines, count, found = reply.values
-        progress = _fields(keys.progress, lines, count)
-        return _session(session_id, keys, _pairs(metadata), progress), found
+        return _read(session_id, keys, reply)
 
     async def get_state(self, session_id: str) -> State:
         """Read what a session's progress tells. One command, two when it is not there."""
@@ -438,6 +431,15 @@ def read_state(key: str, values: Sequence[Any]) -> State:
         )
     except _UNREADABLE:
         raise corrupt(key) from None
+
+
+def _read(session_id: str, keys: SessionKeys, reply: Reply) -> tuple[Session, list[Any]]:
+    """Read what `read_session` answers with: the session, and what else was found."""
+    if reply.word == "not_found":
+        raise SessionNotFoundError
+    metadata, lines, count, found = reply.values
+    progress = _fields(keys.progress, lines, count)
+    return _session(session_id, keys, _pairs(metadata), progress), found
 
 
 def _session(
