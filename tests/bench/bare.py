@@ -1,6 +1,6 @@
-"""The yardstick: a Starlette application that does nothing, on one uvicorn worker.
+"""The yardstick: a Starlette application that does nothing, on uvicorn.
 
-    python -m tests.bench.bare <port> <tuned or untuned> <bytes of a summary> <bytes of an export>
+    python -m tests.bench.bare <port> <workers> <tuned or not> <bytes of a summary> <of an export>
 
 `tuned` is with the settings of the garbage collector that the service has.
 """
@@ -65,11 +65,18 @@ def make_app(summary_bytes: int, export_bytes: int, *, is_tuned: bool) -> Starle
     )
 
 
+def make_app_as_asked() -> Starlette:
+    """Make the application by the arguments of the program, which every worker has."""
+    tuning, *lengths = sys.argv[3:]
+    return make_app(*map(int, lengths), is_tuned=tuning == "tuned")
+
+
 if __name__ == "__main__":
-    port, tuning, *lengths = sys.argv[1:]
     uvicorn.run(
-        make_app(*map(int, lengths), is_tuned=tuning == "tuned"),
-        port=int(port),
+        "tests.bench.bare:make_app_as_asked",
+        factory=True,
+        port=int(sys.argv[1]),
+        workers=int(sys.argv[2]),
         loop="uvloop",
         http="httptools",
         ws="none",

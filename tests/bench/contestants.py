@@ -177,17 +177,30 @@ def _url(store: Valkey) -> str:
 # --- The contestants ------------------------------------------------------------------------------
 
 
+def _named(name: str, workers: int) -> str:
+    return name if workers == 1 else f"{name}, {workers} workers"
+
+
 @contextmanager
 def bare(
-    places: Places, files: Path, summary_bytes: int, export_bytes: int, *, is_tuned: bool = True
+    places: Places,
+    files: Path,
+    summary_bytes: int = 0,
+    export_bytes: int = 0,
+    *,
+    is_tuned: bool = True,
+    workers: int = 1,
 ) -> Iterator[Contestant]:
     """Run a Starlette application that does nothing."""
+    if workers > 1:
+        places = places._replace(server=places.server | places.second)
     (port,) = free_ports(1)
     tuning = "tuned" if is_tuned else "untuned"
-    command = [sys.executable, "-m", "tests.bench.bare", str(port), tuning]
+    command = [sys.executable, "-m", "tests.bench.bare", str(port), str(workers), tuning]
     command += [str(summary_bytes), str(export_bytes)]
-    name = "bare" if is_tuned else "bare, collector untouched"
+    name = _named("bare" if is_tuned else "bare, collector untouched", workers)
     with serving(name, command, places, files, port, {}) as contestant:
+        contestant.workers = workers
         contestant.offer(
             Operation(
                 "post",
@@ -226,7 +239,7 @@ def ours(places: Places, files: Path, *, workers: int = 1) -> Iterator[Contestan
         "TMPDIR": str(files),
     }
     command = [sys.executable, "-m", "app"]
-    name = "ours" if workers == 1 else f"ours, {workers} workers"
+    name = _named("ours", workers)
     with (
         running_store(places, files) as store,
         serving(

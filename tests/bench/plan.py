@@ -201,8 +201,10 @@ class Plan:
                 us = stack.enter_context(service)
                 sessions = self._do(begin(us, SESSIONS, at_once))
                 us.offer(*wizard.of_a_wizard(sessions)[:2])
-                self._do(us.learn())
-                turns += _turns(us)
+                yardstick = stack.enter_context(bare(self._places, self._files, workers=workers))
+                for each in (us, yardstick):
+                    self._do(each.learn())
+                    turns += _turns(each)[:2]
             measuring.warm_up(turns)
             measuring.take_in_turns(turns, self._options.rounds)
         self._keep_wrong(measuring)
