@@ -23,7 +23,7 @@ end
 if state.finalized_at ~= '' then
   return {'finalized'}
 end
-local version = redis.call('HGET', PROGRESS, 'v' .. ARGV[6])
+local version = versions[1]
 if if_match ~= '' and if_match ~= '*'
   and not string.find(if_match, '|' .. version .. '|', 1, true) then
   return {'conflict', version}

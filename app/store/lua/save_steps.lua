@@ -24,14 +24,8 @@ if state.finalized_at ~= '' then
   return {'finalized'}
 end
 
-local names, numbers = {}, {}
-for i = 12, #ARGV, 2 do
-  names[#names + 1], numbers[#numbers + 1] = 'v' .. ARGV[i], tonumber(ARGV[i])
-end
-local versions = redis.call('HMGET', PROGRESS, unpack(names))
-
-for i, number in ipairs(numbers) do
-  local version = tonumber(versions[i] or nil)
+for i = 1, #versions do
+  local number, version = tonumber(ARGV[10 + 2 * i]), tonumber(versions[i])
   if not version and (versions[i] or string.sub(state.saved, number, number) == '1') then
     return {'damaged', PROGRESS}
   end
@@ -40,7 +34,8 @@ end
 
 local if_match, if_none_match, expected, draft_id = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 if if_match ~= '' or if_none_match ~= '' or expected ~= '' then
-  local current = string.sub(state.saved, numbers[1], numbers[1]) == '1' and whole(versions[1]) or ''
+  local number = tonumber(ARGV[12])
+  local current = string.sub(state.saved, number, number) == '1' and whole(versions[1]) or ''
   local function among(tags)
     return current ~= '' and (tags == '*' or string.find(tags, '|' .. current .. '|', 1, true))
   end
@@ -61,13 +56,14 @@ end
 -- Both as long as most saves need them: tables that grow cost more.
 local fields = {'', '', '', ''}
 local reply = {'ok', state.saved, state.highest, state.created_at, at_ms, '1', '1'}
-local saved, ever, first = state.saved, state.ever or string.rep('0', #state.saved), {}
-for i, number in ipairs(numbers) do
+local saved, ever, first = state.saved, state.ever or string.rep('0', #state.saved), nil
+for i = 1, #versions do
   local step, version = ARGV[10 + 2 * i], whole(versions[i] + 1)
+  local number = tonumber(step)
   redis.call('SET', KEYS[3 + 2 * i], '{"step_id":' .. step .. ',"version":' .. version
     .. ',"saved_at":"' .. ARGV[11] .. '","data":' .. ARGV[11 + 2 * i] .. '}', 'PXAT', deadline)
   local at = 4 * i - 4
-  fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] = names[i], version, 's' .. step, at_ms
+  fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] = 'v' .. step, version, 's' .. step, at_ms
   reply[4 + 2 * i], reply[5 + 2 * i] = step, version
   if string.sub(saved, number, number) ~= '1' then
     saved = string.sub(saved, 1, number - 1) .. '1' .. string.sub(saved, number + 1)
@@ -77,6 +73,7 @@ for i, number in ipairs(numbers) do
   end
   if string.sub(ever, number, number) ~= '1' then
     ever = string.sub(ever, 1, number - 1) .. '1' .. string.sub(ever, number + 1)
+    first = first or {}
     first[#first + 1] = number
   end
 end
@@ -87,13 +84,13 @@ if saved ~= state.saved or ever ~= state.ever or state.held ~= '1' then
   fields[at + 5], fields[at + 6], fields[at + 7], fields[at + 8] = 'ever', ever, 'held', '1'
   if not state.ever or state.held == '0' then
     place_anew()
-  elseif first[1] then
+  elseif first then
     place_anew(first, state.ever)
   end
 end
 state.saved, state.ever, state.held = saved, ever, '1'
 change(unpack(fields))
-for i = 1, #names do
+for i = 1, #versions do
   redis.call('DEL', KEYS[4 + 2 * i])
   record('step_saved', 'step_id', reply[4 + 2 * i], 'version', reply[5 + 2 * i])
 end

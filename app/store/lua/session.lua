@@ -4,7 +4,8 @@
 -- The opening of every script that changes a session: put before those that ask for it.
 --
 -- It reads the clock and the session's state, recognises what was sent before, and gives the script
--- its verbs: `change`, `record`, `place_anew`, `answer`.
+-- its verbs: `change`, `record`, `place_anew`, `answer`. Of the steps whose keys the script names it
+-- gives `versions`, in their order, false for one that was never saved.
 --
 -- KEYS  1 metadata, 2 progress, 3 events, 4 ops, from 5 the script's own;
 --       the record of the Idempotency-Key comes last, when there is one
@@ -62,8 +63,19 @@ if idempotency then
   end
 end
 
+-- The versions of steps come with the state: to ask takes longer than to read.
+local versions = {}
+local at_name = #PROGRESS - #'progress' + 1
+for i = 5, #KEYS do
+  if string.sub(KEYS[i], at_name, at_name + 4) == 'step:' then
+    versions[#versions + 1] = 'v' .. string.sub(KEYS[i], at_name + 5)
+  end
+end
 local found = redis.call('HMGET', PROGRESS, 'status', 'saved', 'highest', 'created_at', 'updated_at',
-  'deadline', 'finalized_at', 'revision', 'changes', 'catalogue', 'held', 'ever')
+  'deadline', 'finalized_at', 'revision', 'changes', 'catalogue', 'held', 'ever', unpack(versions))
+for i = 1, #versions do
+  versions[i] = found[12 + i]
+end
 -- `held` is '0' when every answer is in an export, `ever` marks the steps that were ever saved. A
 -- script that lets a generation end or begin sets `ended_at`, when it ended, '' before that.
 local state = {status = found[1], saved = found[2], highest = found[3], created_at = found[4],
