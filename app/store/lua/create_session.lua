@@ -50,6 +50,7 @@ if file_values > 0 then
   end
 end
 redis.call('HSET', METADATA, 'created_at', at_ms, unpack(ARGV, 14 + file_values))
+local TOKENS = tokens_of('onboarding:' .. SESSION .. ':')
 if ARGV[11] ~= '' then
   redis.call('HSET', TOKENS, 'session:' .. ARGV[11], whole(now_ms))
 end

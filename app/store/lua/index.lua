@@ -28,7 +28,7 @@
 
 local IS_TAGGED = string.find(KEYS[1], '{', 1, true) ~= nil
 local INDEX = IS_TAGGED and 'onboarding:index:{sessions}:' or 'onboarding:index:sessions:'
-local ENTRIES, DEADLINES, FEED = INDEX .. 'entries', INDEX .. 'deadlines', INDEX .. 'feed'
+local FEED = INDEX .. 'feed'
 local CREATED_S = ':created_s'
 
 -- Tell everybody what happened to a session, and keep the last 10,000 such events, about: whoever
@@ -45,6 +45,8 @@ end
 -- What finds and changes the places of a session. Made where it is asked for: most writes find the
 -- session in its place, and need none of it.
 local function index_verbs()
+  local ENTRIES, DEADLINES = INDEX .. 'entries', INDEX .. 'deadlines'
+
   local function read_entry(id)
     local text = redis.call('HGET', ENTRIES, id)
     if not text then

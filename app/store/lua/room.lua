@@ -9,6 +9,7 @@
 --
 -- Safe to send twice: it only defines, and what it gives may be done again.
 
+local ENTRIES, DEADLINES = INDEX .. 'entries', INDEX .. 'deadlines'
 local read_entry, leave, place = index_verbs()
 
 local CLASSES = {'pending:free', 'pending:held', 'processing:free', 'processing:held',

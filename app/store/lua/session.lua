@@ -25,12 +25,9 @@
 
 local METADATA, PROGRESS, EVENTS, OPS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local SESSION = string.sub(PROGRESS, #'onboarding:' + 1, -#':progress' - 1)
-local TOKENS = tokens_of('onboarding:' .. SESSION .. ':')
 local operation, lifetime_ms, at_ms, fingerprint = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 
 local MEMORY_MS = 120000
-local IDEMPOTENCY_MS = 86400000
-local EVENTS_KEPT = 1000
 -- All keys share one deadline, rounded up to 1/168 of the lifetime (an hour of seven days): only
 -- the write that crosses into the next step touches the keys of every other step.
 local DEADLINE_STEPS = 168
@@ -78,25 +75,29 @@ for i = 1, #versions do
 end
 -- `held` is '0' when every answer is in an export, `ever` marks the steps that were ever saved. A
 -- script that lets a generation end or begin sets `ended_at`, when it ended, '' before that.
-local state = {status = found[1], saved = found[2], highest = found[3], created_at = found[4],
-  updated_at = found[5], deadline = found[6], finalized_at = found[7], revision = found[8],
-  changes = found[9], catalogue = found[10], held = found[11], ever = found[12]}
+local state
+do
+  local status, saved, highest, created_at, updated_at, ends_at, finalized_at, revision, changes,
+    catalogue, held, ever = unpack(found)
+  state = {status = status, saved = saved, highest = highest, created_at = created_at,
+    updated_at = updated_at, deadline = ends_at, finalized_at = finalized_at, revision = revision,
+    changes = changes, catalogue = catalogue, held = held, ever = ever}
 
--- A session that is there without all of its state is damage, which must not pass for absence.
-local status = state.status
-if status then
-  local is_sound = status == 'pending' or status == 'processing' or status == 'complete'
-    or status == 'error'
-  for i = 2, 10 do
-    is_sound = is_sound and found[i]
-  end
-  -- One look at all numbers together: it costs little more than that at each.
-  if not (is_sound and state.catalogue ~= '' and string.find(table.concat(found, ' ', 2, 9),
-    '^[01]+ %d+ %d+ %d+ %d+ %d* %d+ %d+$')) then
+  -- A session that is there without all of its state is damage, which must not pass for absence.
+  if status then
+    local is_known = status == 'pending' or status == 'processing' or status == 'complete'
+      or status == 'error'
+    local is_whole = saved and highest and created_at and updated_at and ends_at and finalized_at
+      and revision and changes and catalogue and catalogue ~= ''
+    -- One look at all numbers together: it costs little more than that at each.
+    if not (is_known and is_whole and string.find(saved .. ' ' .. highest .. ' ' .. created_at .. ' '
+      .. updated_at .. ' ' .. ends_at .. ' ' .. finalized_at .. ' ' .. revision .. ' ' .. changes,
+      '^[01]+ %d+ %d+ %d+ %d+ %d* %d+ %d+$')) then
+      return {'damaged', PROGRESS}
+    end
+  elseif redis.call('EXISTS', PROGRESS, METADATA) > 0 then
     return {'damaged', PROGRESS}
   end
-elseif redis.call('EXISTS', PROGRESS, METADATA) > 0 then
-  return {'damaged', PROGRESS}
 end
 -- A log that is none fails here, before anything is written, and not after.
 local events = redis.call('XLEN', EVENTS)
@@ -110,20 +111,21 @@ if moved then
   deadline = whole(deadline_ms)
 end
 
-local changed, recorded, placed = false, false, true
-local first_saved, ever_until_now
+-- What the script has done so far, and what has become of the session's place in the index. In one
+-- table: each variable that functions share takes as long to make as a table.
+local done = {changed = false, recorded = false, placed = true}
 
 -- A script that changes the status, the saved steps, or what says whether they are in an export,
 -- says so in `state` too: by these the session has its place in the index.
 local function change(...)
-  changed = true
+  done.changed = true
   state.updated_at = at_ms
   state.changes = whole((state.changes or 0) + 1)
   redis.call('HSET', PROGRESS, 'updated_at', at_ms, 'changes', state.changes, ...)
 end
 
 local function record(kind, ...)
-  recorded = true
+  done.recorded = true
   if not IS_TAGGED then
     -- One operation in 16, by the last digit of its id, which is random.
     feed(string.byte(operation, -1) == 48, kind, SESSION, 'at', at_ms, ...)
@@ -135,7 +137,7 @@ end
 -- were saved for the first time, those before them are marked in `ever_before`, or, without these,
 -- anything may have changed.
 local function place_anew(steps, ever_before)
-  placed, first_saved, ever_until_now = false, steps, ever_before
+  done.placed, done.first_saved, done.ever_before = false, steps, ever_before
 end
 
 -- Keep the session's place in the index, where that lies beside it. Nearly every write finds the
@@ -144,11 +146,11 @@ local function keep_place()
   local is_held = state.held ~= '0' and string.find(state.saved, '1', 1, true)
   local class = state.status .. (is_held and ':held' or ':free')
   local is_there = redis.call('ZADD', INDEX .. 'activity:' .. class, at_ms, SESSION) == 0
-  local is_settled = is_there and (placed or first_saved)
+  local is_settled = is_there and (done.placed or done.first_saved)
   if is_settled and moved then
-    redis.call('ZADD', DEADLINES, deadline, SESSION)
+    redis.call('ZADD', INDEX .. 'deadlines', deadline, SESSION)
   end
-  if is_settled and placed then
+  if is_settled and done.placed then
     return
   end
   local _, _, place, mark = index_verbs()
@@ -159,7 +161,7 @@ local function keep_place()
       return unpack(redis.call('HMGET', PROGRESS, 's' .. step - 1, 's' .. step))
     end,
   }
-  if not (is_settled and mark(SESSION, entry, ever_until_now, first_saved)) then
+  if not (is_settled and mark(SESSION, entry, done.ever_before, done.first_saved)) then
     local owner = redis.pcall('HMGET', METADATA, 'workspace_id', 'user_id')
     entry.workspace, entry.user = owner[1] or '', owner[2] or ''
     entry.ended = state.ended_at or redis.call('HGET', PROGRESS, 'ended_at') or ''
@@ -203,7 +205,7 @@ local function move_deadline()
     'upload'}) do
     redis.call('PEXPIREAT', prefix .. name, deadline)
   end
-  redis.call('PEXPIREAT', TOKENS, deadline)
+  redis.call('PEXPIREAT', tokens_of(prefix), deadline)
   for _, body in ipairs({'result', 'upload'}) do
     for _, part in ipairs(parts_of(prefix .. body)) do
       redis.call('PEXPIREAT', part, deadline)
@@ -231,6 +233,7 @@ end
 local function answer(reply, kept, text)
   redis.call('HSET', OPS, this_turn .. ':' .. operation, text or cjson.encode(reply))
   if idempotency then
+    local IDEMPOTENCY_MS = 86400000
     local end_ms = now_ms + IDEMPOTENCY_MS
     redis.call('SET', idempotency, fingerprint .. cjson.encode(kept or reply), 'PXAT',
       whole(math.min(end_ms, deadline_ms)))
@@ -240,7 +243,7 @@ local function answer(reply, kept, text)
     redis.call('HSET', OPS, 'turn', this_turn)
     forget_older_turns()
   end
-  if not changed then
+  if not done.changed then
     -- A write all the same, of which nobody sees anything but that somebody is there.
     redis.call('HSET', PROGRESS, 'active_at', at_ms)
   end
@@ -251,7 +254,8 @@ local function answer(reply, kept, text)
     -- The index is a hint: a write must not fail because of it, and has been done already.
     pcall(keep_place)
   end
-  if recorded then
+  if done.recorded then
+    local EVENTS_KEPT = 1000
     -- Cut where a cut takes something away: a stream is cut by the hundred.
     if events >= EVENTS_KEPT + 100 then
       redis.call('XTRIM', EVENTS, 'MAXLEN', '~', EVENTS_KEPT)

@@ -21,6 +21,7 @@
 if not state.status then
   return {'not_found'}
 end
+local TOKENS = tokens_of('onboarding:' .. SESSION .. ':')
 local found = redis.pcall('HGETALL', TOKENS)
 if found.err then
   return {'damaged', TOKENS}
