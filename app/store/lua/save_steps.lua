@@ -53,9 +53,11 @@ if draft_id ~= '' then
   end
 end
 
--- Both as long as most saves need them: tables that grow cost more.
+-- Both as long as most saves need them: tables that grow cost more. `text` is the reply as JSON, which
+-- would write numbers and a word no other way.
 local fields = {'', '', '', ''}
 local reply = {'ok', state.saved, state.highest, state.created_at, at_ms, '1', '1'}
+local text = ''
 local saved, ever, first = state.saved, state.ever or string.rep('0', #state.saved), nil
 for i = 1, #versions do
   local step, version = ARGV[10 + 2 * i], whole(versions[i] + 1)
@@ -65,6 +67,7 @@ for i = 1, #versions do
   local at = 4 * i - 4
   fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] = 'v' .. step, version, 's' .. step, at_ms
   reply[4 + 2 * i], reply[5 + 2 * i] = step, version
+  text = text .. '","' .. step .. '","' .. version
   if string.sub(saved, number, number) ~= '1' then
     saved = string.sub(saved, 1, number - 1) .. '1' .. string.sub(saved, number + 1)
     if number > tonumber(state.highest) then
@@ -95,5 +98,5 @@ for i = 1, #versions do
   record('step_saved', 'step_id', reply[4 + 2 * i], 'version', reply[5 + 2 * i])
 end
 reply[2], reply[3] = state.saved, state.highest
--- Numbers and a word, none of which JSON would write otherwise.
-return answer(reply, nil, '["' .. table.concat(reply, '","') .. '"]')
+return answer(reply, nil, '["ok","' .. state.saved .. '","' .. state.highest .. '","'
+  .. state.created_at .. '","' .. at_ms .. text .. '"]')
