@@ -4,8 +4,8 @@
 -- KEYS  1 a key of a session or of the index: its name tells whether there are hash tags
 -- ARGV  none of its own
 --
--- Returns nothing: it gives `feed`, and `index_verbs`, which gives `read_entry`, `leave`, `place`
--- and `mark`.
+-- Returns nothing: it gives `feed`, `mark`, and `index_verbs`, which gives `read_entry`, `leave` and
+-- `place`.
 --
 -- Safe to send twice: it only defines, and what it gives may be done again.
 --
@@ -42,8 +42,38 @@ local function feed(is_cutting, kind, id, ...)
   end
 end
 
+-- Count a step that a session saved for the first time, and the seconds since the step before it
+-- was saved last, in buckets of which four double (onboarding/stats.py).
+local function count_step(entry, step)
+  local funnel = INDEX .. 'funnel:' .. entry.catalogue
+  redis.call('HINCRBY', funnel, 'saved:' .. step, 1)
+  local before, saved = entry.saved_at(step)
+  before, saved = step > 1 and tonumber(before or nil), tonumber(saved or nil)
+  if saved and before and saved >= before then
+    local bucket = math.floor(4 * math.log((saved - before) / 1000 + 1) / math.log(2))
+    redis.call('HINCRBY', funnel, 'gap:' .. (step - 1) .. ':' .. whole(bucket), 1)
+  end
+end
+
+-- Note that a session saved `steps` for the first time, where its entry lacks nothing else: says
+-- whether that is so.
+local function mark(id, entry, ever_before, steps)
+  local entries = INDEX .. 'entries'
+  local text = redis.call('HGET', entries, id) or ''
+  local head = string.match(text,
+    '^(' .. entry.created .. ' ' .. entry.class .. ' %d* )' .. ever_before .. ' ')
+  if not head then
+    return false
+  end
+  redis.call('HSET', entries, id, head .. entry.ever .. string.sub(text, #head + #ever_before + 1))
+  for _, step in ipairs(steps) do
+    count_step(entry, step)
+  end
+  return true
+end
+
 -- What finds and changes the places of a session. Made where it is asked for: most writes find the
--- session in its place, and need none of it.
+-- session in its place, and need none of it; nor does a step that is saved for the first time.
 local function index_verbs()
   local ENTRIES, DEADLINES = INDEX .. 'entries', INDEX .. 'deadlines'
 
@@ -75,19 +105,6 @@ local function index_verbs()
       places[#places + 1] = {'user:' .. entry.user, moment, '0'}
     end
     return places
-  end
-
-  -- Count a step that a session saved for the first time, and the seconds since the step before it
-  -- was saved last, in buckets of which four double (onboarding/stats.py).
-  local function count_step(entry, step)
-    local funnel = INDEX .. 'funnel:' .. entry.catalogue
-    redis.call('HINCRBY', funnel, 'saved:' .. step, 1)
-    local before, saved = entry.saved_at(step)
-    before, saved = step > 1 and tonumber(before or nil), tonumber(saved or nil)
-    if saved and before and saved >= before then
-      local bucket = math.floor(4 * math.log((saved - before) / 1000 + 1) / math.log(2))
-      redis.call('HINCRBY', funnel, 'gap:' .. (step - 1) .. ':' .. whole(bucket), 1)
-    end
   end
 
   local function leave(id, entry)
@@ -141,22 +158,6 @@ local function index_verbs()
     end
   end
 
-  -- Note that a session saved `steps` for the first time, where its entry lacks nothing else: says
-  -- whether that is so.
-  local function mark(id, entry, ever_before, steps)
-    local text = redis.call('HGET', ENTRIES, id) or ''
-    local head = string.match(text,
-      '^(' .. entry.created .. ' ' .. entry.class .. ' %d* )' .. ever_before .. ' ')
-    if not head then
-      return false
-    end
-    redis.call('HSET', ENTRIES, id, head .. entry.ever .. string.sub(text, #head + #ever_before + 1))
-    for _, step in ipairs(steps) do
-      count_step(entry, step)
-    end
-    return true
-  end
-
-  return read_entry, leave, place, mark
+  return read_entry, leave, place
 end
 

@@ -153,7 +153,6 @@ local function keep_place()
   if is_settled and done.placed then
     return
   end
-  local _, _, place, mark = index_verbs()
   local entry = {
     created = state.created_at, class = class, ever = state.ever or '', changes = state.changes or '0',
     fed = '-', activity = at_ms, deadline = deadline, catalogue = state.catalogue,
@@ -165,6 +164,7 @@ local function keep_place()
     local owner = redis.pcall('HMGET', METADATA, 'workspace_id', 'user_id')
     entry.workspace, entry.user = owner[1] or '', owner[2] or ''
     entry.ended = state.ended_at or redis.call('HGET', PROGRESS, 'ended_at') or ''
+    local _, _, place = index_verbs()
     place(SESSION, entry, is_there)
   end
 end
