@@ -80,19 +80,19 @@ for i = 1, #versions do
     first[#first + 1] = number
   end
 end
--- What is as it was is not written again.
-if saved ~= state.saved or ever ~= state.ever or state.held ~= '1' then
-  local at = #fields
-  fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] = 'saved', saved, 'highest', state.highest
-  fields[at + 5], fields[at + 6], fields[at + 7], fields[at + 8] = 'ever', ever, 'held', '1'
-  if not state.ever or state.held == '0' then
-    place_anew()
-  elseif first then
-    place_anew(first, state.ever)
-  end
+if not state.ever or state.held == '0' then
+  place_anew()
+elseif first then
+  place_anew(first, state.ever)
 end
+-- What is as it was is not written again.
+local is_as_it_was = saved == state.saved and ever == state.ever and state.held == '1'
 state.saved, state.ever, state.held = saved, ever, '1'
-change(unpack(fields))
+if is_as_it_was then
+  change(unpack(fields))
+else
+  change('saved', saved, 'highest', state.highest, 'ever', ever, 'held', '1', unpack(fields))
+end
 for i = 1, #versions do
   redis.call('DEL', KEYS[4 + 2 * i])
   record('step_saved', 'step_id', reply[4 + 2 * i], 'version', reply[5 + 2 * i])
