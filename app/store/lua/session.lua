@@ -64,8 +64,9 @@ end
 local versions = {}
 local at_name = #PROGRESS - #'progress' + 1
 for i = 5, #KEYS do
-  if string.sub(KEYS[i], at_name, at_name + 4) == 'step:' then
-    versions[#versions + 1] = 'v' .. string.sub(KEYS[i], at_name + 5)
+  local step = string.match(KEYS[i], '^step:(%d+)$', at_name)
+  if step then
+    versions[#versions + 1] = 'v' .. step
   end
 end
 local found = redis.call('HMGET', PROGRESS, 'status', 'saved', 'highest', 'created_at', 'updated_at',
