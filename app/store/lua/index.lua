@@ -42,21 +42,21 @@ local function feed(is_cutting, kind, id, ...)
   end
 end
 
--- Count a step that a session saved for the first time, and the seconds since the step before it
--- was saved last, in buckets of which four double (onboarding/stats.py).
-local function count_step(entry, step)
+-- Count a step that a session saved for the first time, last at `saved`, and the seconds since the step
+-- before it was saved last, in buckets of which four double (onboarding/stats.py).
+local function count_step(entry, step, saved)
   local funnel = INDEX .. 'funnel:' .. entry.catalogue
   redis.call('HINCRBY', funnel, 'saved:' .. step, 1)
-  local before, saved = entry.saved_at(step)
-  before, saved = step > 1 and tonumber(before or nil), tonumber(saved or nil)
+  local before = step > 1 and tonumber(entry.saved_at(step - 1) or nil)
+  saved = tonumber(saved or nil)
   if saved and before and saved >= before then
     local bucket = math.floor(4 * math.log((saved - before) / 1000 + 1) / math.log(2))
     redis.call('HINCRBY', funnel, 'gap:' .. (step - 1) .. ':' .. whole(bucket), 1)
   end
 end
 
--- Note that a session saved `steps` for the first time, where its entry lacks nothing else: says
--- whether that is so.
+-- Note that a session saved `steps` for the first time, in the write that it was active with last,
+-- where its entry lacks nothing else: says whether that is so.
 local function mark(id, entry, ever_before, steps)
   local entries = INDEX .. 'entries'
   local text = redis.call('HGET', entries, id) or ''
@@ -67,7 +67,7 @@ local function mark(id, entry, ever_before, steps)
   end
   redis.call('HSET', entries, id, head .. entry.ever .. string.sub(text, #head + #ever_before + 1))
   for _, step in ipairs(steps) do
-    count_step(entry, step)
+    count_step(entry, step, entry.activity)
   end
   return true
 end
@@ -126,8 +126,8 @@ local function index_verbs()
   end
 
   -- Put a session where it belongs. `entry` holds created, class, ended, ever, changes, fed, workspace,
-  -- user, activity, deadline, catalogue, and saved_at(step), which gives when the step before it and
-  -- the step itself were saved, in Unix ms; all but the last are strings.
+  -- user, activity, deadline, catalogue, and saved_at(step), which gives when a step was saved, in Unix
+  -- ms; all but the last are strings.
   -- `is_there` tells that it stands in the set of its class, and so in the others too unless something
   -- else than its class has changed.
   local function place(id, entry, is_there)
@@ -153,7 +153,7 @@ local function index_verbs()
     local ever_before = before and before.ever or ''
     for step = 1, #entry.ever do
       if string.byte(entry.ever, step) == 49 and string.byte(ever_before, step) ~= 49 then
-        count_step(entry, step)
+        count_step(entry, step, entry.saved_at(step))
       end
     end
   end

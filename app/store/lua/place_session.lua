@@ -38,7 +38,7 @@ place(id, {
   created = ARGV[4], class = ARGV[5], ended = ARGV[6], ever = ARGV[7], changes = ARGV[8],
   fed = ARGV[3], workspace = ARGV[9], user = ARGV[10], activity = ARGV[11], deadline = ARGV[12],
   catalogue = ARGV[13],
-  saved_at = function(step) return ARGV[13 + step], ARGV[14 + step] end,
+  saved_at = function(step) return ARGV[14 + step] end,
 })
 local at = 15 + steps
 while ARGV[at] do

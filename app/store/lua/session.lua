@@ -157,9 +157,7 @@ local function keep_place()
   local entry = {
     created = state.created_at, class = class, ever = state.ever or '', changes = state.changes or '0',
     fed = '-', activity = at_ms, deadline = deadline, catalogue = state.catalogue,
-    saved_at = function(step)
-      return unpack(redis.call('HMGET', PROGRESS, 's' .. step - 1, 's' .. step))
-    end,
+    saved_at = function(step) return redis.call('HGET', PROGRESS, 's' .. step) end,
   }
   if not (is_settled and mark(SESSION, entry, done.ever_before, done.first_saved)) then
     local owner = redis.pcall('HMGET', METADATA, 'workspace_id', 'user_id')
