@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
+from app.store.embedded import MEMORY_TUNING
 from tests.bench import wizard
 from tests.bench.load import Address, Request, Wanted, fetch, is_listening
 from tests.bench.machine import Places, cpu_s, on, processes_of
@@ -162,9 +164,12 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def running_store(places: Places, files: Path) -> Iterator[Valkey]:
-    """Run a store for the length of a block. It keeps nothing on disk, for everybody the same."""
+    """Run a store for the length of a block, which keeps nothing on disk, for everybody the same.
+
+    Its memory is tuned like that of the store which the service brings along.
+    """
     directory = Path(tempfile.mkdtemp(prefix="store-", dir=files))
-    with on(places.store):
+    with on(places.store), patch.dict(os.environ, MEMORY_TUNING):
         store = Valkey.start(directory)
     with store:
         yield store
