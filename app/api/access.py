@@ -1,7 +1,7 @@
 """Who may call what: asked once per request, before anything of it is looked at."""
 
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -21,12 +21,14 @@ from app.onboarding.access import MAY, NOBODY, Access, Principal, check_access
 from app.onboarding.audit import Lane
 from app.onboarding.limits import Standing, caller_of_address
 from app.onboarding.sessions import is_public_id
-from app.services.audit import AuditTrail
 from app.services.limits import Limiter, LimitReachedError
 from app.wiring import Services
 
 if TYPE_CHECKING:
     from app.api.dispatch import Endpoint
+
+
+T = TypeVar("T")
 
 
 class AccessMiddleware:
@@ -49,11 +51,11 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        await self._let_through(scope, receive, send)
+        await self._let_through(scope, lambda: self.app(scope, receive, send))
 
     def reply(self, scope: Scope, receive: Receive) -> Awaitable[Any]:
         """Give the answer to a plain request."""
-        return self._let_through(scope, receive, None)
+        return self._let_through(scope, lambda: self.app.reply(scope, receive))
 
     def admit_at_once(self, scope: Scope, context: RequestContext, session_id: str) -> bool:
         """Let a plain request in, if all is known that this takes, without a look at the store.
@@ -81,47 +83,34 @@ class AccessMiddleware:
         return True
 
     async def weigh(self, scope: Scope, failure: Exception) -> Exception:
-        """Do what a failure of somebody who was let in asks for, and give what they are told."""
+        """Do what a failure asks for of somebody who was let in, and give what they are told."""
         context = get_context()
-        if context is None or not isinstance(failure, self._miss):
-            return failure
-        services: Services = scope["state"]["services"]
-        try:
-            # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
-            await services.limiter.count_miss(context.principal.identity)
-        except LimitReachedError as reached:
-            return reached
+        if context is not None:
+            try:
+                services: Services = scope["state"]["services"]
+                await self._weigh(services, context.principal.identity, failure)
+            except LimitReachedError as reached:
+                return reached
         return failure
 
-    async def _let_through(self, scope: Scope, receive: Receive, send: Send | None) -> Any:
+    async def _let_through(self, scope: Scope, pass_on: Callable[[], Awaitable[T]]) -> T:
         access = self._operation.access
         if access is Access.PUBLIC:
-            return await self._go(scope, receive, send)
+            return await pass_on()
         services: Services = scope["state"]["services"]
         if self._operation.at_once == "requests":
             services.in_flight.check()
         principal, refusal = NOBODY, None
-        fields: dict[bytes, bytes] | None = scope.get(FIELDS)
-        bearer = b"" if fields is None else fields.get(b"authorization")
         if access is not Access.OPEN:
             try:
                 # Who is refused is refused once they have been counted.
-                if bearer and fields and b"x-api-key" not in fields:
-                    found = services.access.recognise_shown(b"authorization", bearer)
-                else:
-                    found = services.access.recognise(scope["headers"])
-                if not isinstance(found, Principal):
-                    found = await services.access.verify(found)
-                principal = found
+                principal = await services.access.identify(scope["headers"])
             except (UnauthenticatedError, StoreError) as failure:
                 refusal = failure
         context = get_context()
         if context is not None:
             context.principal = principal
-            # The path of a plain request is known to name one.
-            context.session_id = (
-                _session_of(scope) if fields is None else scope["path_params"]["id"]
-            )
+            context.session_id = _session_of(scope)
         limiter = services.limiter
         caller = principal.identity or caller_of_address((scope.get("client") or (None,))[0])
         try:
@@ -140,22 +129,13 @@ class AccessMiddleware:
                     refusal = None
             if principal.kind not in self._kinds:
                 check_access(access, principal)
-            return await self._go(scope, receive, send)
-        except self._refusals as refused:
-            if isinstance(refused, self._miss):
-                # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
-                await limiter.count_miss(caller)
-            self._note(services.audit, refused)
-            raise
+            return await pass_on()
         except LimitReachedError as reached:
             scope.setdefault(STANDINGS, (reached.standing,))
             raise
-        except self._miss:
-            await limiter.count_miss(caller)
+        except OnboardingError as failure:
+            await self._weigh(services, caller, failure)
             raise
-
-    def _go(self, scope: Scope, receive: Receive, send: Send | None) -> Awaitable[Any]:
-        return self.app.reply(scope, receive) if send is None else self.app(scope, receive, send)
 
     async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
         """Count a request for which the store has to be asked. Raises `RateLimitedError`."""
@@ -172,12 +152,18 @@ class AccessMiddleware:
             if known:
                 scope[STANDINGS] = known
 
-    def _note(self, trail: AuditTrail, refused: OnboardingError) -> None:
-        """Put on record that somebody was not let in."""
+    async def _weigh(self, services: Services, caller: str, failure: Exception) -> None:
+        """Count what was not there, and put on record that somebody was not let in.
+
+        Raises `LimitReachedError`.
+        """
+        if isinstance(failure, self._miss):
+            # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
+            await services.limiter.count_miss(caller)
         context = get_context()
-        if context is not None:
+        if isinstance(failure, self._refusals) and context is not None:
             who, session_id = str(context.principal), context.session_id
-            trail.record(who, self._operation.name, session_id, refused.code, Lane.REFUSED)
+            services.audit.record(who, self._operation.name, session_id, failure.code, Lane.REFUSED)
 
 
 def _session_of(scope: Scope) -> str | None:
