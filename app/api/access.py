@@ -82,16 +82,18 @@ class AccessMiddleware:
         context.principal, context.session_id = principal, session_id
         return True
 
-    async def weigh(self, scope: Scope, failure: Exception) -> Exception:
-        """Do what a failure asks for of somebody who was let in, and give what they are told."""
+    async def weigh(self, services: Services, caller: str, failure: OnboardingError) -> None:
+        """Count what was not there, and put on record that somebody was not let in.
+
+        Raises `LimitReachedError`.
+        """
+        if isinstance(failure, self._miss):
+            # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
+            await services.limiter.count_miss(caller)
         context = get_context()
-        if context is not None:
-            try:
-                services: Services = scope["state"]["services"]
-                await self._weigh(services, context.principal.identity, failure)
-            except LimitReachedError as reached:
-                return reached
-        return failure
+        if isinstance(failure, self._refusals) and context is not None:
+            who, session_id = str(context.principal), context.session_id
+            services.audit.record(who, self._operation.name, session_id, failure.code, Lane.REFUSED)
 
     async def _let_through(self, scope: Scope, pass_on: Callable[[], Awaitable[T]]) -> T:
         access = self._operation.access
@@ -134,7 +136,7 @@ class AccessMiddleware:
             scope.setdefault(STANDINGS, (reached.standing,))
             raise
         except OnboardingError as failure:
-            await self._weigh(services, caller, failure)
+            await self.weigh(services, caller, failure)
             raise
 
     async def _count(self, limiter: Limiter, caller: str, scope: Scope) -> None:
@@ -151,19 +153,6 @@ class AccessMiddleware:
             known = [each for each in standings if each is not None]
             if known:
                 scope[STANDINGS] = known
-
-    async def _weigh(self, services: Services, caller: str, failure: Exception) -> None:
-        """Count what was not there, and put on record that somebody was not let in.
-
-        Raises `LimitReachedError`.
-        """
-        if isinstance(failure, self._miss):
-            # Counted before it is answered: beyond the limit, nobody learns that it was a miss.
-            await services.limiter.count_miss(caller)
-        context = get_context()
-        if isinstance(failure, self._refusals) and context is not None:
-            who, session_id = str(context.principal), context.session_id
-            services.audit.record(who, self._operation.name, session_id, failure.code, Lane.REFUSED)
 
 
 def _session_of(scope: Scope) -> str | None:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.access import AccessMiddleware
-from app.api.calls import Call, Reply
+from app.api.calls import Reply
 from app.api.dispatch import Endpoint, Resource
 from app.api.headers import describe_limits, is_request_id
 from app.api.middleware import FIELDS, STANDINGS, tell_served
@@ -30,7 +30,7 @@ from app.api.problems import CLIENT_CLOSED, explain
 from app.api.streaming import EXCHANGE, Exchange
 from app.clock import monotonic_s
 from app.context import RequestContext, new_request_id, set_context
-from app.errors import DeadlineExceededError
+from app.errors import DeadlineExceededError, OnboardingError
 from app.wiring import Services
 
 log = structlog.get_logger()
@@ -92,7 +92,6 @@ class FastPath:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
         services: Services = scope["state"]["services"]
         reply: Any = None
-        call: Call | None = None
         status, answered_s = CLIENT_CLOSED, 0.0
         try:
             try:
@@ -101,6 +100,9 @@ class FastPath:
                     services.in_flight.enter()
                     try:
                         reply = await endpoint.handle(call)
+                    except OnboardingError as failure:
+                        await gate.weigh(services, context.principal.identity, failure)
+                        raise
                     finally:
                         services.in_flight.leave()
                 else:
@@ -113,8 +115,6 @@ class FastPath:
             except ClientDisconnect:
                 pass  # Nobody is left to answer.
             except Exception as failure:  # noqa: BLE001 - the last resort, nobody sees a stack
-                if call is not None:
-                    failure = await gate.weigh(scope, failure)
                 reply = explain(scope, failure)
             finally:
                 del self._running[task]
