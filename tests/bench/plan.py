@@ -256,7 +256,12 @@ class Plan:
                 note = "Without redis-benchmark: neither it nor valkey-benchmark is on PATH."
                 self.findings.notes.append(note)
                 return
-            self.findings.floor[f"{Path(tool).name}, 64 connections"] = _run_tool(tool, store.port)
+            name = Path(tool).name
+            try:
+                self.findings.floor[f"{name}, 64 connections"] = _run_tool(tool, store.port)
+            except subprocess.SubprocessError as failure:
+                # All that was measured before must not be lost for it.
+                self.findings.notes.append(f"Without {name}: {type(failure).__name__}.")
 
     # What all parts do
 
