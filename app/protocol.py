@@ -307,10 +307,9 @@ class Cycle(RequestResponseCycle):
 
     async def receive(self) -> Any:
         """Give what has come of the body; all of it, when it came with the head."""
-        body = self.whole_body
-        if body is not None:
-            self._is_read, self.body = True, b""
-            return {"type": "http.request", "body": body, "more_body": False}
+        if self.whole_body is not None:
+            self.message_event.clear()
+            return {"type": "http.request", "body": self.take_body(), "more_body": False}
         if self.message_event is _NOBODY_WAITS:
             self.message_event = asyncio.Event()
             if self.body and not self._is_read:
@@ -326,6 +325,12 @@ class Cycle(RequestResponseCycle):
             return None
         return bytes(self.body)
 
+    def take_body(self) -> bytes:
+        """Give what has come of the body, and keep nothing of it."""
+        self._is_read = True
+        body, self.body = self.body, b""
+        return bytes(body)
+
     async def send_whole(self, status: int, head: str, body: bytes, *, is_last: bool) -> None:
         """Send an answer in one write; `head` has its headers, each with the end of its line.
 
@@ -338,9 +343,9 @@ class Cycle(RequestResponseCycle):
         if is_last or not self.keep_alive:
             self.keep_alive = False
             head += "connection: close\r\n"
-        self.response_started = self.response_complete = True
         date = _write_headers(*self.default_headers)
         parts = (STATUS_LINE[status], date, head.encode("latin-1"), b"\r\n", body)
+        self.response_started = self.response_complete = True
         if len(body) < COPIED_BYTES:
             self.transport.write(b"".join(parts))
         else:
@@ -356,6 +361,9 @@ class _NobodyWaits:
 
     def set(self) -> None:
         """Wake nobody."""
+
+    def clear(self) -> None:
+        """Let nobody wait."""
 
 
 _NOBODY_WAITS = Cycle.message_event = _NobodyWaits()

@@ -57,17 +57,36 @@ class AccessMiddleware:
         """Give the answer to a plain request."""
         return self._let_through(scope, lambda: self.app.reply(scope, receive))
 
-    def admit_at_once(self, scope: Scope, context: RequestContext, session_id: str) -> bool:
-        """Let a plain request in, if all is known that this takes, without a look at the store.
+    def reply_at_once(self, scope: Scope, context: RequestContext) -> Awaitable[Any] | None:
+        """Give the answer to a plain request that has nothing unusual, of somebody who is known.
 
-        If not, nothing was done, and `reply` sees to everything.
+        None for any other: then nothing was done, and `reply` sees to everything.
         """
+        if self.app.is_usual(scope) and self._admit_at_once(scope, context):
+            return self._reply_admitted(scope, context)
+        return None
+
+    async def _reply_admitted(self, scope: Scope, context: RequestContext) -> Any:
+        services: Services = scope["state"]["services"]
+        call = self.app.call(scope, context)
+        try:
+            services.in_flight.enter()
+            try:
+                return await self.app.handle(call)
+            finally:
+                services.in_flight.leave()
+        except OnboardingError as failure:
+            await self.weigh(services, context.principal.identity, failure)
+            raise
+
+    def _admit_at_once(self, scope: Scope, context: RequestContext) -> bool:
+        """Let somebody in, if all is known that this takes, without a look at the store."""
         services: Services = scope["state"]["services"]
         fields = scope[FIELDS]
         shown = fields.get(b"authorization")
         if not shown or b"x-api-key" in fields or services.in_flight.is_full:
             return False
-        access = services.access
+        access, session_id = services.access, scope["path_params"]["id"]
         principal = access.recognise_shown(b"authorization", shown)
         if (
             not isinstance(principal, Principal)

@@ -119,7 +119,7 @@ class Endpoint:
             self._unfit = InvalidStepDataError
         self._unusual = self._conditions | (_CODINGS if self._takes_body else frozenset())
         self.handle: Handler = self._handle_on_record if operation.audited else operation.handler
-        """Handles a call that was checked, and is in nobody's way."""
+        """Handles a call that was checked, and is counted."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises what the checks and the handler raise."""
@@ -183,7 +183,7 @@ class Endpoint:
             step_id = _parse_known_step(services.manager, parameters["n"])
         call = Call(scope, services, context.principal, parameters["id"], step_id, parameters)
         if self._takes_body:
-            call.body = Document.parse(scope[EXCHANGE].whole_body, self._unfit)
+            call.body = Document.parse(scope[EXCHANGE].take_body(), self._unfit)
         return call
 
     async def _check_session(self, call: Call) -> None:

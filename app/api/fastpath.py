@@ -23,14 +23,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.access import AccessMiddleware
 from app.api.calls import Reply
-from app.api.dispatch import Endpoint, Resource
+from app.api.dispatch import Resource
 from app.api.headers import describe_limits, is_request_id
 from app.api.middleware import FIELDS, STANDINGS, tell_served
 from app.api.problems import CLIENT_CLOSED, explain
 from app.api.streaming import EXCHANGE, Exchange
 from app.clock import monotonic_s
 from app.context import RequestContext, new_request_id, set_context
-from app.errors import DeadlineExceededError, OnboardingError
+from app.errors import DeadlineExceededError
 from app.wiring import Services
 
 log = structlog.get_logger()
@@ -76,7 +76,7 @@ class FastPath:
         self, scope: Scope, receive: Receive, found: "_Found", path: re.Match[str]
     ) -> None:
         begun_s = monotonic_s()
-        (route, gate, endpoint), (session_id, _, step) = found, path.groups()
+        (route, gate), (session_id, _, step) = found, path.groups()
         scope["path_params"] = {"id": session_id} if step is None else {"id": session_id, "n": step}
         sent = scope[FIELDS].get(b"x-request-id")
         request_id = "" if sent is None else sent.decode("latin-1")
@@ -95,18 +95,7 @@ class FastPath:
         status, answered_s = CLIENT_CLOSED, 0.0
         try:
             try:
-                if endpoint.is_usual(scope) and gate.admit_at_once(scope, context, session_id):
-                    call = endpoint.call(scope, context)
-                    services.in_flight.enter()
-                    try:
-                        reply = await endpoint.handle(call)
-                    except OnboardingError as failure:
-                        await gate.weigh(services, context.principal.identity, failure)
-                        raise
-                    finally:
-                        services.in_flight.leave()
-                else:
-                    reply = await gate.reply(scope, receive)
+                reply = await (gate.reply_at_once(scope, context) or gate.reply(scope, receive))
             except asyncio.CancelledError:
                 if self._running[task] != GIVEN_UP:
                     raise
@@ -146,11 +135,10 @@ class FastPath:
 
 
 class _Found(NamedTuple):
-    """What serves a plain request: the route, who lets it in, what it is for."""
+    """What serves a plain request: the route, and who lets it in."""
 
     route: str
     gate: AccessMiddleware
-    endpoint: Endpoint
 
 
 def _plain_endpoints(routes: Iterable[Route]) -> Iterator[tuple[tuple[str, str, bool], _Found]]:
@@ -160,8 +148,8 @@ def _plain_endpoints(routes: Iterable[Route]) -> Iterator[tuple[tuple[str, str, 
         resource = route.endpoint
         if shape and isinstance(resource, Resource):
             for method in resource.plain:
-                gate = resource.endpoints[method]
-                yield (method, shape[1], shape[2] is None), _Found(route.path, gate, gate.app)
+                found = _Found(route.path, resource.endpoints[method])
+                yield (method, shape[1], shape[2] is None), found
 
 
 _PLAIN_ROUTE = re.compile(r"/api/v1/onboarding/\{id\}/([a-z-]+)(/\{n\})?")

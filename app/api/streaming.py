@@ -47,6 +47,9 @@ class Exchange(Protocol):
     def whole_body(self) -> bytes | None:
         """The body; None unless it has come as a whole, and nobody has read it yet."""
 
+    def take_body(self) -> bytes:
+        """Give what has come of the body, and keep nothing of it."""
+
     async def send_whole(self, status: int, head: str, body: bytes, *, is_last: bool) -> None:
         """Send an answer in one write; `head` has its headers, each with the end of its line.
 

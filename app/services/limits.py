@@ -117,7 +117,7 @@ class _Allowance:
     def is_refusing(self, caller: str) -> bool:
         """Say whether `check` has to be asked about a caller."""
         purse = self._purses.get(caller)
-        return purse is not None and purse.refused_until_s > 0
+        return purse is not None and purse.refused_until_s > monotonic_s()
 
     def check(self, caller: str) -> None:
         """Raise `RateLimitedError` for a caller of whom it is known that there is no token."""

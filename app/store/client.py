@@ -361,14 +361,12 @@ class ClusterClient(RedisCluster):
     idle longest: with an even number of idle ones they never meet, and all 16 tries fail. To a
     node that it does not know yet it cannot send at all.
 
-    And whenever it has asked for the nodes, it asks the first master among them what commands there
-    are: while that one is down, it would reach no other either. Here it asks for these once.
+    And once it knows the nodes, it asks the first master among them what commands there are: while
+    that one is down, it would reach no other either.
     """
 
     def __init__(self, *, ssl: bool, **kwargs: Any) -> None:
         super().__init__(ssl=ssl, **kwargs)
-        self._looking = asyncio.Lock()
-        self._failed: str | None = None
         # It takes no class for its connections; nodes that it finds get these arguments too.
         kind = _TlsConnection if ssl else _TcpConnection
         self.connection_kwargs["connection_class"] = kind
@@ -376,34 +374,30 @@ class ClusterClient(RedisCluster):
             node.connection_class = kind
 
     async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
-        """Learn the nodes, if they are not known; what has failed last is asked last."""
-        if not self.commands_parser.commands:
-            await self._begin(*args, **kwargs)
-            return self
-        async with self._looking:
-            if self._initialize:
-                failed, self._failed = self._failed, None
-                await self.nodes_manager.initialize(last_failed_node_name=failed)
-                self._initialize = False
-        return self
-
-    async def _begin(self, *args: Any, **kwargs: Any) -> None:
-        """Learn the nodes and the commands there are; when the first master fails, ask the next."""
+        """Learn the nodes, if they are not known; when the first master fails, ask the next."""
         try:
-            await super().initialize(*args, **kwargs)
+            return await super().initialize(*args, **kwargs)
         except BaseException as failure:
             for node in self.nodes_manager.get_nodes_by_server_type(PRIMARY)[:1]:
                 self.nodes_manager.move_node_to_end_of_cached_nodes(node.name)
             if not isinstance(failure, LostConnectionError | StoreTimeoutError):
                 raise
-        else:
-            return
-        await super().initialize(*args, **kwargs)
+        return await super().initialize(*args, **kwargs)
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
         """Send a command; one that comes before the nodes are known would go to any of them."""
         await self.initialize()
         return await super().execute_command(*args, **kwargs)
+
+    async def _determine_slot(self, command: str, *args: Any) -> int:
+        """Find the slot of a command.
+
+        Where XREADGROUP has its key, redis-py asks a node, and one alone: while that does not
+        answer, no queue could be read on any other.
+        """
+        if command != "XREADGROUP":
+            return await super()._determine_slot(command, *args)
+        return self.keyslot(args[args.index("STREAMS") + 1])
 
     def get_node(
         self, host: str | None = None, port: int | None = None, node_name: str | None = None
@@ -438,19 +432,16 @@ class ClusterClient(RedisCluster):
             self.look_again()
         return answers
 
-    @property
-    def is_to_look(self) -> bool:
-        """Whether the nodes are to be asked for, by `initialize`, before the next command."""
-        return bool(self._initialize)
-
     def look_again(self) -> None:
         """Ask for the nodes before the next command. Connections that work stay open."""
         self._initialize = True
 
-    def ask_last(self, node: ClusterNode) -> None:
-        """Ask for the nodes before the next command, and one that has failed after the others."""
-        self._failed = node.name
-        self.look_again()
+    async def learn_nodes(self, failed: str | None) -> None:
+        """Ask for the nodes, and the one that has failed after all others; a name, if any has.
+
+        For who sends to nodes by itself, and need not know what commands there are.
+        """
+        await self.nodes_manager.initialize(last_failed_node_name=failed)
 
     def knows(self, name: str) -> bool:
         """Say whether there is a node of this name, as far as is known."""

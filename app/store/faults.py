@@ -138,6 +138,8 @@ _TABLE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, Fault], 
     (redis_errors.ResponseError, "UNBLOCKED", _transient("readonly", elsewhere=True)),
     # Whoever answers there speaks another protocol.
     (redis_errors.InvalidResponse, "", _permanent("protocol")),
+    # A key that its script derives, in a slot that moves just now.
+    (redis_errors.ResponseError, "non local key", _transient("cluster_moving")),
     # A script stumbles only over a record that somebody else wrote.
     (redis_errors.ResponseError, "user_script", _permanent("script_failed", None)),
     (redis_errors.TimeoutError, "", _transient("timeout")),

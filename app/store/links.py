@@ -138,6 +138,12 @@ class SharedCluster:
             "wait_ms": wait_ms,
         }
         self._nodes: dict[str, SharedConnection] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        # How often it was asked for to look, and up to which of these that was done.
+        self._asked = 1
+        self._looked = 0
+        self._looking = asyncio.Lock()
+        self._failed: str | None = None
 
     async def send(self, key: str, commands: list[Command]) -> Any:
         """Send commands to the node of a key, and on to where that sends them; see `Link`.
@@ -148,7 +154,7 @@ class SharedCluster:
         client = self._client
         asked: ClusterNode | None = None
         for tries_left in reversed(range(REDIRECTIONS)):
-            if client.is_to_look:
+            if self.is_to_look:
                 await self._look()
             try:
                 node = asked or client.node_of(key)
@@ -167,42 +173,57 @@ class SharedCluster:
                     raise
                 await asyncio.sleep(TRY_AGAIN_S)
             except (LostConnectionError, StoreTimeoutError, TimeoutError):
-                client.ask_last(node)
+                self._failed = node.name
+                self._asked += 1
                 raise
             except (ClusterDownError, SlotNotCoveredError):
-                client.look_again()
+                self._asked += 1
                 raise
         raise AssertionError("the last try raises")
 
     async def send_to_all(self, command: Command) -> list[Any]:
         """Ask every master; see `Link`."""
-        await self._look()
+        if self.is_to_look:
+            await self._look()
         nodes = self._client.get_primaries()
         return await asyncio.gather(*(self._to(node).send([command]) for node in nodes))
 
     async def leave(self, since_s: float) -> None:  # noqa: ARG002 - connections to nodes stay right
         """Ask for the nodes before the next command; see `Link`."""
-        self._client.look_again()
+        self._asked += 1
 
     async def aclose(self) -> None:
         """Close every connection; see `Link`."""
         for connection in self._nodes.values():
             await connection.aclose()
+        await asyncio.gather(*self._closing)
         await close_client(self._client)
 
     def describe(self) -> dict[str, int]:
         """Count connections and calls; see `Link`."""
         return _describe(self._nodes.values())
 
+    @property
+    def is_to_look(self) -> bool:
+        """Whether the nodes are to be asked for before the next command."""
+        return self._looked < self._asked
+
     async def _look(self) -> None:
         """Learn where the slots lie, if that is to be looked up."""
-        if self._client.is_to_look:
-            async with asyncio.timeout(self._options["open_s"]):
-                await self._client.initialize()
-            for name, connection in [*self._nodes.items()]:
-                if not self._client.knows(name) and not connection.waiting:
-                    del self._nodes[name]
-                    await connection.aclose()
+        async with asyncio.timeout(self._options["open_s"]), self._looking:
+            if not self.is_to_look:
+                return
+            asked, failed = self._asked, self._failed
+            await self._client.learn_nodes(failed)
+            self._looked = asked
+            if self._failed == failed:
+                self._failed = None
+        for name, connection in [*self._nodes.items()]:
+            if not self._client.knows(name) and not connection.waiting:
+                del self._nodes[name]
+                closing = asyncio.create_task(connection.aclose())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
 
     def _to(self, node: ClusterNode) -> SharedConnection:
         connection = self._nodes.get(node.name)

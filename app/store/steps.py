@@ -291,8 +291,8 @@ def _saved(reply: Reply) -> Saved:
 # How a record begins: what is behind that, up to the last brace, are the answers as they came, with
 # the white space around them.
 _AT = rb'"saved_at":"([0-9T:.Z-]{20,30})","data":'
-_STEP = re.compile(rb'\{"step_id":([0-9]{1,3}),"version":([0-9]{1,15}),' + _AT)
-_DRAFT = re.compile(rb'\{"step_id":[0-9]{1,3},"draft_id":"([0-9a-f]+)",' + _AT)
+_STEP = re.compile(rb'\{"step_id":([1-9][0-9]{0,2}),"version":([1-9][0-9]{0,14}),' + _AT)
+_DRAFT = re.compile(rb'\{"step_id":[1-9][0-9]{0,2},"draft_id":"([0-9a-f]+)",' + _AT)
 
 
 def _is_object(text: bytes) -> bool:

@@ -27,6 +27,7 @@ STRING_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "all but its last byte": lambda text: text[:-1],
     "twice itself": lambda text: text * 2,
     "a foreign byte in its answers": lambda text: text.replace(b'"a"', b'"\xff"'),
+    "a number that is none in JSON": lambda text: text.replace(b'"step_id":', b'"step_id":0'),
 }
 TYPES = ["list", "hash"]
 
@@ -206,7 +207,7 @@ async def test_a_draft_of_another_type_is_no_absent_draft_in_the_summary(
 
 
 # An export is recognised by its ends alone; its checksum is for its reader.
-@pytest.mark.parametrize("how", [*list(STRING_DAMAGE)[:-2], *TYPES])
+@pytest.mark.parametrize("how", [*list(STRING_DAMAGE)[:-3], *TYPES])
 class TestADamagedExport:
     @pytest.fixture
     async def damage(self, manager: Manager, gateway: Gateway, how: str) -> Damage:
@@ -364,6 +365,16 @@ class TestDamagedProgress:
         for write in ("save_step", "delete_step", "update_progress"):
             await assert_reported(SESSION_WRITES[write](manager, damage.session_id), damage.key)
             await assert_reported(manager.get_progress(damage.session_id), damage.key)
+
+    async def test_in_the_version_of_a_step_is_an_error_of_deleting_it_and_nothing_is_done(
+        self, manager: Manager, gateway: Gateway
+    ) -> None:
+        session_id = await prepare(manager)
+        key = gateway.keys.session(session_id).progress
+        await gateway.command("HDEL", key, "v1")
+        await assert_reported(manager.delete_step(session_id, 1), key)
+        await gateway.command("HSET", key, "v1", "1")
+        assert (await manager.delete_step(session_id, 1))["success"]
 
     async def test_in_the_version_of_a_step_that_was_deleted_is_an_error_of_saving_it_again(
         self, manager: Manager, gateway: Gateway

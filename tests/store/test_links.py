@@ -26,7 +26,7 @@ from app.clock import monotonic_s
 from app.settings import Settings
 from app.store.client import REDIRECTIONS, ClusterClient, Command, make_client
 from app.store.connect import connect
-from app.store.faults import TooFewReplicasError
+from app.store.faults import Remedy, TooFewReplicasError, judge
 from app.store.gateway import Gateway
 from app.store.links import Link, PooledLink, SharedCluster, SharedLink
 from tests.faults.proxy import Proxy
@@ -364,31 +364,84 @@ class TestACluster:
                     await link.send("{down}", [("GET", "{down}")])
             finally:
                 node.command("CLUSTER", "ADDSLOTS", slot)
-            assert link._client.is_to_look
+            assert link.is_to_look
             wait_until(
                 lambda: "cluster_state:ok" in str(node.command("CLUSTER", "INFO")), 10, "it is up"
             )
             assert await link.send("{down}", [("GET", "{down}")]) is None
 
-    async def test_what_has_failed_is_asked_last_and_what_is_gone_is_left(
-        self, cluster: ClusterSet
-    ) -> None:
+    async def test_what_has_failed_is_asked_last(self, cluster: ClusterSet) -> None:
         async with shared(cluster.url) as link:
             await link.send_to_all(("PING",))
             failed = link._client.get_primaries()[0]
-            gone = link._client.node_at("127.0.0.1", 1)
-            link._to(gone)
             dead = node_at(cluster, failed.port)
             dead.freeze()
             try:
                 for _ in range(12):
-                    link._client.ask_last(failed)
+                    link._failed = failed.name
+                    await link.leave(monotonic_s())
                     begun_s = monotonic_s()
                     await link._look()
                     assert monotonic_s() - begun_s < 1
             finally:
                 dead.thaw()
+
+    async def test_nodes_that_are_gone_are_left_by_whoever_looks_first(
+        self, cluster: ClusterSet
+    ) -> None:
+        async with shared(cluster.url) as link:
+            await link.send_to_all(("PING",))
+            for port in (1, 2, 3):
+                link._to(link._client.node_at("127.0.0.1", port))
+            await link.leave(monotonic_s())
+            await asyncio.gather(*(link.send(key, [("GET", key)]) for key in "abc"))
             assert link._nodes.keys() == {node.name for node in link._client.get_primaries()}
+
+    async def test_to_look_again_is_not_forgotten_while_somebody_looks(
+        self, cluster: ClusterSet
+    ) -> None:
+        async with shared(cluster.url) as link:
+            looking = asyncio.create_task(link._look())
+            await asyncio.sleep(0)
+            await link.leave(monotonic_s())
+            await looking
+            assert link.is_to_look
+            await link.send("a", [("GET", "a")])
+            assert not link.is_to_look
+
+    async def test_a_key_that_a_script_derives_in_a_slot_that_moves_is_no_damage(
+        self, cluster: ClusterSet
+    ) -> None:
+        script = "return redis.call('EXISTS', KEYS[1], KEYS[1] .. 'none')"
+        async with shared(cluster.url) as link:
+            await link.send("{derived}", [("SET", "{derived}", "1")])
+            slot, source, target = slot_of(link, "{derived}")
+            with (
+                cluster.migrating(slot, source, target),
+                pytest.raises(ResponseError) as refused,
+            ):
+                await link.send("{derived}", [("EVAL", script, 1, "{derived}")])
+            fault = judge(refused.value)
+            assert fault is not None
+            assert fault.remedy is Remedy.RETRY
+
+    async def test_a_queue_is_read_while_the_master_that_knew_the_commands_is_down(
+        self, cluster: ClusterSet
+    ) -> None:
+        client = client_of(cluster.url, SHORT_S)
+        link = PooledLink(client, send_s=2.0)
+        await client.initialize()
+        told = client.commands_parser.node
+        key = next(key for key in map(str, range(100)) if client.node_of(key).name != told.name)
+        await link.send(key, [("XGROUP", "CREATE", key, "g", "$", "MKSTREAM")])
+        read: Command = ("XREADGROUP", "GROUP", "g", "me", "STREAMS", key, ">")
+        dead = node_at(cluster, told.port)
+        dead.freeze()
+        try:
+            assert not await link.send("", [read])
+        finally:
+            dead.thaw()
+            await link.aclose()
 
     async def test_to_leave_it_is_to_ask_for_the_nodes_and_keep_the_connections(
         self, cluster: ClusterSet
@@ -397,7 +450,7 @@ class TestACluster:
             await link.send_to_all(("PING",))
             wires = [link._to(node)._wire for node in link._client.get_primaries()]
             await link.leave(monotonic_s())
-            assert link._client.is_to_look
+            assert link.is_to_look
             await link.send_to_all(("PING",))
             assert [link._to(node)._wire for node in link._client.get_primaries()] == wires
 

@@ -6,7 +6,7 @@
 --
 -- Returns {'ok', saved, highest, created_at, updated_at}, {'not_found'},
 --         {'out_of_range', number of steps}, {'step_not_found'},
---         {'finalized'}, {'conflict', current version}
+--         {'finalized'}, {'conflict', current version}, {'damaged', key}
 --
 -- Safe to send twice: see session.lua.
 
@@ -24,6 +24,9 @@ if state.finalized_at ~= '' then
   return {'finalized'}
 end
 local version = versions[1]
+if not tonumber(version or nil) then
+  return {'damaged', PROGRESS}
+end
 if if_match ~= '' and if_match ~= '*'
   and not string.find(if_match, '|' .. version .. '|', 1, true) then
   return {'conflict', version}
