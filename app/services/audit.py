@@ -27,7 +27,7 @@ AT_ONCE = 100
 else."""
 
 BEHIND_AT_ONCE = 500
-"""How many it has where as many wait: small ones would not catch up, where the store is far away."""
+"""How many it has where as many wait: small ones would not catch up where the store is far away."""
 
 GATHER_S = 0.02
 """Pause after a batch, in seconds, unless another one would be full: to write an event by itself

@@ -9,10 +9,10 @@
 --         {'not_found'}, {'damaged', key} when one of the hashes is none, or gone and the other is
 --         not
 --
--- Safe to send twice: it reads.
---
 -- The drafts are not named as keys, which would take longer to send than to read: they share the
 -- session's id with `progress` and, under a hash tag, its slot.
+--
+-- Safe to send twice: it reads.
 
 local metadata = redis.pcall('HGETALL', KEYS[1])
 local progress = redis.pcall('HGETALL', KEYS[2])
