@@ -476,6 +476,18 @@ async def test_whoever_has_asked_for_as_much_as_they_may_is_told_so_either_way(
     assert [(await service.both(places, sent)).status for sent in asked] == [404, 404, 429]
 
 
+async def test_a_session_that_is_gone_is_a_miss_either_way(serve: Serve, raw: Redis) -> None:
+    service = await serve(miss_limit="2/day")
+    places = await begin(service)
+    look = Sent("GET", "/progress", who="wizard")
+    assert (await service.both(places, look)).status == 200
+    for place in places.values():
+        # Its token is remembered for a while.
+        await raw.delete(*[key async for key in raw.scan_iter(f"*{place.session_id}*")])
+    seen = [(await service.both(places, look)).status for _ in range(3)]
+    assert seen == [404, 404, 429]
+
+
 # --- Trouble --------------------------------------------------------------------------------------
 
 BY_WIZARD = [sent._replace(who="wizard") for sent in EVERY]
