@@ -1,6 +1,6 @@
 """A call: one request, checked, as handlers get it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -27,25 +27,34 @@ Model = TypeVar("Model", bound=BaseModel)
 class Reply:
     """A JSON answer, there as a whole; Starlette's takes 4 us more to be made.
 
-    `head` are its headers in lower case, each with the end of its line.
+    `further` are headers beside those that all have, in lower case; no value holds a line break.
     """
 
-    __slots__ = ("body", "head", "status")
+    __slots__ = ("body", "further", "status")
 
-    def __init__(self, status: int, body: bytes, head: str) -> None:
+    def __init__(self, status: int, body: bytes, further: Sequence[tuple[str, str]]) -> None:
         self.status = status
         self.body = body
-        self.head = head
+        self.further = further
+
+    @property
+    def head(self) -> str:
+        """The headers as they are sent, each with the end of its line."""
+        text = f"{_HEAD}content-length: {len(self.body)}\r\n"
+        for name, value in self.further:
+            text += f"{name}: {value}\r\n"
+        return text
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         """Send it, as an ASGI application does."""
-        lines = self.head.encode("latin-1").split(b"\r\n")[:-1]
-        headers = [tuple(line.split(b": ", 1)) for line in lines]
+        pairs = (*_ALWAYS, ("content-length", str(len(self.body))), *self.further)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in pairs]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
 
 
-_JSON = "cache-control: no-store\r\ncontent-type: application/json\r\ncontent-length:"
+_ALWAYS = (("cache-control", "no-store"), ("content-type", "application/json"))
+_HEAD = "".join(f"{name}: {value}\r\n" for name, value in _ALWAYS)
 
 
 @dataclass(slots=True)
@@ -152,19 +161,16 @@ class Call:
         *,
         etag: str | None = None,
     ) -> Reply:
-        """Answer with a document, or with anything that becomes JSON; `etag` without its quotes.
-
-        No value of a header holds a line break.
-        """
+        """Answer with a document, or with anything that becomes JSON; `etag` without its quotes."""
         body = content.text if isinstance(content, Document) else orjson.dumps(content)
-        head = f"{_JSON} {len(body)}\r\n"
+        further: tuple[tuple[str, str], ...] = ()
         if etag is not None:
-            head += f'etag: "{etag}"\r\n'
+            further = (("etag", f'"{etag}"'),)
         if headers:
-            head += "".join([f"{name}: {text}\r\n" for name, text in headers.items()])
+            further += (*headers.items(),)
         if self.idempotent is not None and self.idempotent.replayed:
-            head += "idempotent-replayed: true\r\n"
-        return Reply(status, body, head)
+            further += (("idempotent-replayed", "true"),)
+        return Reply(status, body, further)
 
     def not_modified(self, etag: str) -> Response:
         """Answer that the client has what it asks for; `etag` without its quotes."""

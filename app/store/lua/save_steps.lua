@@ -53,21 +53,18 @@ if draft_id ~= '' then
   end
 end
 
--- Both as long as most saves need them: tables that grow cost more. `text` is the reply as JSON, which
--- would write numbers and a word no other way.
+-- Both as long as most saves need them: tables that grow cost more.
 local fields = {'', '', '', ''}
 local reply = {'ok', state.saved, state.highest, state.created_at, at_ms, '1', '1'}
-local text = ''
 local saved, ever, first = state.saved, state.ever or string.rep('0', #state.saved), nil
 for i = 1, #versions do
-  local step, version = ARGV[10 + 2 * i], whole(versions[i] + 1)
-  local number = tonumber(step)
-  redis.call('SET', KEYS[3 + 2 * i], '{"step_id":' .. step .. ',"version":' .. version
-    .. ',"saved_at":"' .. ARGV[11] .. '","data":' .. ARGV[11 + 2 * i] .. '}', 'PXAT', deadline)
+  local key, step, data = KEYS[3 + 2 * i], ARGV[10 + 2 * i], ARGV[11 + 2 * i]
+  local number, version = tonumber(step), whole(versions[i] + 1)
+  redis.call('SET', key, '{"step_id":' .. step .. ',"version":' .. version
+    .. ',"saved_at":"' .. ARGV[11] .. '","data":' .. data .. '}', 'PXAT', deadline)
   local at = 4 * i - 4
   fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] = 'v' .. step, version, 's' .. step, at_ms
   reply[4 + 2 * i], reply[5 + 2 * i] = step, version
-  text = text .. '","' .. step .. '","' .. version
   if string.sub(saved, number, number) ~= '1' then
     saved = string.sub(saved, 1, number - 1) .. '1' .. string.sub(saved, number + 1)
     if number > tonumber(state.highest) then
@@ -98,5 +95,5 @@ for i = 1, #versions do
   record('step_saved', 'step_id', reply[4 + 2 * i], 'version', reply[5 + 2 * i])
 end
 reply[2], reply[3] = state.saved, state.highest
-return answer(reply, nil, '["ok","' .. state.saved .. '","' .. state.highest .. '","'
-  .. state.created_at .. '","' .. at_ms .. text .. '"]')
+-- Numbers and a word, none of which JSON would write otherwise.
+return answer(reply, nil, '["' .. table.concat(reply, '","') .. '"]')
