@@ -87,7 +87,7 @@ class AccessMiddleware:
         if not shown or b"x-api-key" in fields or services.in_flight.is_full:
             return False
         access, session_id = services.access, scope["path_params"]["id"]
-        principal = access.recognise_shown(b"authorization", shown)
+        principal = access.recognise(b"authorization", shown)
         if (
             not isinstance(principal, Principal)
             or principal.kind not in self._kinds

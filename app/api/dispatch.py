@@ -126,9 +126,7 @@ class Endpoint:
         operation = self._operation
         if operation.quiet:
             scope[QUIET] = True
-        call, key = self._check(scope, receive)
-        if operation.body is not None or key is not None:
-            await self._take_rest(call, key, receive)
+        call = await self._take(scope, receive)
         # Counted from here on: whoever takes their time to send a body keeps nobody out.
         counted, whose = call.services.in_flight, ""
         if operation.at_once == "transfers":
@@ -147,9 +145,7 @@ class Endpoint:
 
     async def reply(self, scope: Scope, receive: Receive) -> ASGIApp:
         """Give the answer to a plain request. Raises what the checks and the handler raise."""
-        call, key = self._check(scope, receive)
-        if self._operation.body is not None or key is not None:
-            await self._take_rest(call, key, receive)
+        call = await self._take(scope, receive)
         call.services.in_flight.enter()
         try:
             await self._check_session(call)
@@ -222,6 +218,13 @@ class Endpoint:
                     outcome,
                     Lane.OPERATED if operates else Lane.DONE,
                 )
+
+    async def _take(self, scope: Scope, receive: Receive) -> Call:
+        """Check a request, in the order that is promised: path, headers, body."""
+        call, key = self._check(scope, receive)
+        if self._operation.body is not None or key is not None:
+            await self._take_rest(call, key, receive)
+        return call
 
     def _check(self, scope: Scope, receive: Receive) -> tuple[Call, str | None]:
         """Check the path and the headers, and give the Idempotency-Key if there is one."""

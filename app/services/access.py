@@ -86,20 +86,7 @@ class AccessService:
         if self._keyring is not None:
             await self._keyring.aclose()
 
-    def recognise(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal | Shown:
-        """Say who sent a request with these headers, or what is to be verified first.
-
-        It is `NOBODY` when nothing is shown. Raises `UnauthenticatedError` when it is more than one
-        thing.
-        """
-        if not self._enabled:
-            return ANYONE
-        shown = [each for each in headers if each[0] in CREDENTIALS]
-        if len(shown) > 1:
-            raise UnauthenticatedError("Show one credential: a Bearer token, or an API key")
-        return self.recognise_shown(*shown[0]) if shown else NOBODY
-
-    def recognise_shown(self, name: bytes, value: bytes) -> Principal | Shown:
+    def recognise(self, name: bytes, value: bytes) -> Principal | Shown:
         """Say who shows this in a header of that name, where nothing else is shown."""
         if not self._enabled:
             return ANYONE
@@ -111,11 +98,18 @@ class AccessService:
         return self._verified.get(digest) or Shown(name, value, digest)
 
     async def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
-        """Say who sent a request with these headers, as `recognise` does.
+        """Say who sent a request with these headers: `NOBODY` when nothing is shown.
 
-        Raises `UnauthenticatedError`, also when what is shown is not good.
+        Raises `UnauthenticatedError` when it is more than one thing, or not good.
         """
-        found = self.recognise(headers)
+        if not self._enabled:
+            return ANYONE
+        shown = [each for each in headers if each[0] in CREDENTIALS]
+        if len(shown) > 1:
+            raise UnauthenticatedError("Show one credential: a Bearer token, or an API key")
+        if not shown:
+            return NOBODY
+        found = self.recognise(*shown[0])
         return found if isinstance(found, Principal) else await self.verify(found)
 
     async def verify(self, shown: Shown) -> Principal:
